@@ -177,12 +177,15 @@ def round_to_bfloat16(bits: Array, out: Array) -> bool:
 
 @_loop
 def count_changes(bits: Array, out: Array, base: Array) -> tuple[int, int]:
-    """How many float32 results differ from the base, and how many bfloat16 ones still do. `bits`
-    are the results', `out` and `base` the bits of bfloat16; zeros are equal whatever their sign."""
-    changed = moved = 0
+    """How many float32 results differ from the base, and how many of these don't once they are
+    bfloat16. `bits` are the results', `out` and `base` the bits of bfloat16; zeros are equal
+    whatever their sign."""
+    changed = lost = 0
     for i in range(bits.size):
         before = np.int32(base[i]) << 16
         zero = ((bits[i] | before) & _MAGNITUDE) == 0
-        changed += (bits[i] != before) & (not zero)
-        moved += out[i] != base[i]
-    return changed, moved
+        differs = (bits[i] != before) & (not zero)
+        same = (out[i] == base[i]) | (((out[i] | base[i]) & np.int16(0x7FFF)) == 0)
+        changed += differs
+        lost += differs & same
+    return changed, lost

@@ -13,7 +13,7 @@ fixed by the plan. It lives in the worker as one ring buffer, so the bound holds
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 
@@ -23,6 +23,8 @@ from distmerge.methods.blocks import Grid
 from distmerge.methods.fusion import fused_loops
 
 MiB = 1 << 20
+RAY = 64 * MiB
+"""What Ray's own part of a worker takes."""
 BARE_LIMIT = 640 * MiB
 """At most this much of what the process held before the merge counts against the merge: models
 that the caller keeps in memory are the caller's."""
@@ -68,6 +70,8 @@ class MemoryPlan:
     windows: int
     gathered: int
     arena: int
+    least: int
+    """The smallest arena that will do."""
 
     @property
     def projected(self) -> int:
@@ -149,8 +153,26 @@ def plan_memory(need: Need, *, allowed: int, threads: int, reserved: int) -> Mem
             fix=f"--allowed-mem {-(-(fixed + least) // MiB) + 16}MiB",
         )
     return MemoryPlan(
-        allowed, reserved, blocks, windows, need.gathered, min(useful, allowed - fixed)
+        allowed, reserved, blocks, windows, need.gathered, min(useful, allowed - fixed), least
     )
+
+
+def fitted(plan: MemoryPlan, reserved: int) -> MemoryPlan:
+    """The plan of a worker that held this much before it merged: its arena makes up for what is
+    more than was planned.
+
+    Raises
+        MemoryBudgetError: it can't.
+    """
+    more = max(0, reserved - plan.reserved)
+    if plan.arena - more < plan.least:
+        enough = plan.allowed + plan.least - (plan.arena - more)
+        raise MemoryBudgetError(
+            f"A worker holds {_mib(reserved)} before it merges, and {_mib(plan.reserved)} "
+            "were planned.",
+            fix=f"--allowed-mem {-(-enough // MiB) + 16}MiB",
+        )
+    return replace(plan, reserved=plan.reserved + more, arena=plan.arena - more)
 
 
 def _mib(nbytes: int) -> str:

@@ -99,6 +99,7 @@ def make_plan(
     *,
     allowed_mem: int,
     reserved: int | None = None,
+    besides: int = 0,
     workers: int = 1,
     threads: int = 1,
     max_shard_size: int | None = None,
@@ -108,7 +109,8 @@ def make_plan(
     """Plan a merge, or as much of it as `keys` needs.
 
     allowed_mem, reserved: bytes of one worker process, and those that it takes before it merges:
-    what this one does, if None. workers is recorded, threads are those of each process.
+    what this one does and `besides`, if None. workers is recorded, threads are those of each
+    process.
 
     Raises
         KeyMismatch, ShapeMismatch, DtypeMismatch, ParameterError, MemoryBudgetError
@@ -132,7 +134,7 @@ def make_plan(
         units = [replace(units[0], path=f"{STAGING}/{digest}/{units[0].shard}")]
     need = largest_need(_need(task, inputs) for task in outputs)
     if reserved is None:  # now that methods, kernels and the plan itself are in memory
-        reserved = bare_process()
+        reserved = bare_process() + besides
     memory = plan_memory(need, allowed=allowed_mem, threads=threads, reserved=reserved)
     return Plan(
         request=request,

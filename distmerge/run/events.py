@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from distmerge.plan.plan import Plan
+    from distmerge.plan.work import WorkUnit
 
 Kind = Literal["plan", "notice", "progress", "unit", "retry", "done"]
 """plan: units, bytes_in, bytes_out, tensors, resumed (units that an earlier run finished)
@@ -36,3 +40,32 @@ Listener = Callable[[Event], None]
 
 def silent(event: Event) -> None:
     """Listens to nothing."""
+
+
+def tell_plan(decided: Plan, todo: Sequence[WorkUnit], listener: Listener) -> None:
+    """Tell the request's warnings, and what is still to do."""
+    for text in decided.request.warnings:
+        listener(Event("notice", {"text": text}))
+    listener(
+        Event(
+            "plan",
+            {
+                "units": len(decided.units),
+                "resumed": len(decided.units) - len(todo),
+                "bytes_in": sum(unit.bytes_in for unit in todo),
+                "bytes_out": sum(unit.size - len(unit.header) for unit in todo),
+                "tensors": len(decided.weight_map),
+                "expression": decided.expression,
+                "projected_mem": decided.memory.projected,
+            },
+        )
+    )
+
+
+def told_bytes(listener: Listener) -> Callable[[int, int], None]:
+    """Tells the listener of bytes read and written."""
+
+    def tell(read: int, written: int) -> None:
+        listener(Event("progress", {"bytes_read": read, "bytes_written": written}))
+
+    return tell

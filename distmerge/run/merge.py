@@ -15,11 +15,11 @@ from distmerge.expressions.lazy import LazyStateDict, open_lazy
 from distmerge.expressions.nodes import Apply, Binary, Leaf, Select, TensorLeaf, leaves
 from distmerge.expressions.recipe import load_recipe
 from distmerge.expressions.request import MergeRequest, request_for
+from distmerge.plan.memory import RAY
 from distmerge.plan.plan import Plan, make_plan
 from distmerge.plan.sizes import parse_size
-from distmerge.plan.work import WorkUnit
 from distmerge.run.engine import Engine, LocalEngine
-from distmerge.run.events import Event, Listener, silent
+from distmerge.run.events import Event, Listener, silent, tell_plan, told_bytes
 from distmerge.run.finish import finish
 from distmerge.run.journal import ask_model
 from distmerge.run.worker import OnBytes, WorkerSettings
@@ -95,14 +95,31 @@ def merge(what: Any, out: str, *, listener: Listener = silent, **options: Any) -
     output = open_output(out, request.storage_options)
     published = look(output)
     decided = plan_request(request, settings)
-    if published.digest == decided.digest and published.loads:
-        if published.unfinished:  # it was killed between its last two steps
-            with lease(output):
-                clean_staging(output)
+    summary = None
+    if not published.holds(decided.digest):
+        _check_place(decided, output, published, settings)
+        summary = _write(decided, output, settings, listener)
+    elif published.unfinished:  # it was killed between its last two steps
+        with lease(output):
+            clean_staging(output)
+    if summary is None:
         listener(Event("notice", {"text": f"{out} holds this merge already."}))
-        return open_lazy(out, storage_options=request.storage_options)
-    _check_place(decided, output, published, settings)
+    else:
+        seconds = time.monotonic() - started
+        listener(Event("done", {"url": out, "seconds": seconds, **summary}))
+    return open_lazy(out, storage_options=request.storage_options)
+
+
+def _write(
+    decided: Plan, output: OutputStore, settings: MergeOptions, listener: Listener
+) -> dict[str, Any] | None:
+    """Run and publish, alone; what the `done` event tells. None if another run has just done
+    the same."""
     with lease(output) as held:
+        published = look(output)  # again: now nobody else writes
+        if published.holds(decided.digest):
+            return None
+        check_free(output, published, overwrite=settings.overwrite)
         output.remove_temporaries()
         check_room(output, decided.nbytes)
         unpublish(output, published)
@@ -115,8 +132,7 @@ def merge(what: Any, out: str, *, listener: Listener = silent, **options: Any) -
         held.check()
         summary = finish(decided, output, receipts)
         clean_staging(output)
-    listener(Event("done", {"url": out, "seconds": time.monotonic() - started, **summary}))
-    return open_lazy(out, storage_options=request.storage_options)
+        return summary
 
 
 def plan(what: Any, out: str | None = None, **options: Any) -> Plan:
@@ -130,7 +146,7 @@ def plan(what: Any, out: str | None = None, **options: Any) -> Plan:
     if out is not None:
         output = open_output(out, request.storage_options)
         published = look(output)
-        if published.digest != decided.digest or not published.loads:
+        if not published.holds(decided.digest):
             _check_place(decided, output, published, settings)
             check_room(output, decided.nbytes)
     return decided
@@ -189,32 +205,13 @@ def plan_request(request: MergeRequest, settings: MergeOptions) -> Plan:
     return make_plan(
         request,
         allowed_mem=parse_size(settings.allowed_mem),
+        besides=RAY if settings.engine == "ray" else 0,
         workers=settings.processes * settings.threads,
         threads=settings.threads,
         max_shard_size=None
         if settings.max_shard_size is None
         else parse_size(settings.max_shard_size),
         device=settings.device,
-    )
-
-
-def _tell_plan(decided: Plan, todo: Sequence[WorkUnit], listener: Listener) -> None:
-    """What is still to do."""
-    for text in decided.request.warnings:
-        listener(Event("notice", {"text": text}))
-    listener(
-        Event(
-            "plan",
-            {
-                "units": len(decided.units),
-                "resumed": len(decided.units) - len(todo),
-                "bytes_in": sum(unit.bytes_in for unit in todo),
-                "bytes_out": sum(unit.size - len(unit.header) for unit in todo),
-                "tensors": len(decided.weight_map),
-                "expression": decided.expression,
-                "projected_mem": decided.memory.projected,
-            },
-        )
     )
 
 
@@ -232,13 +229,13 @@ def _run(
         for unit in decided.units
     }
     todo = [unit for unit in decided.units if done[unit.shard] is None]
-    _tell_plan(decided, todo, listener)
+    tell_plan(decided, todo, listener)
     if not todo:
         return [receipt for receipt in done.values() if receipt is not None]
     todo.sort(key=lambda unit: -unit.size)  # the longest first: none is left over at the end
     with ExitStack() as stack:
         # The output's own name for its place: workers may be in another directory.
-        engine = open_engine(decided, settings, output.root, _on_bytes(listener), listener)
+        engine = open_engine(decided, settings, output.root, told_bytes(listener), listener)
         stack.callback(_sweep, output, held)
         stack.callback(engine.close)
         known = ask_model(decided, engine, output) if decided.asks_model else {}
@@ -256,13 +253,6 @@ def _sweep(output: OutputStore, held: LeaseKeeper) -> None:
     with suppress(OutputError):  # the next run does it too; a failure of the run is to be told
         held.check()
         output.remove_temporaries()
-
-
-def _on_bytes(listener: Listener) -> OnBytes:
-    def tell(read: int, written: int) -> None:
-        listener(Event("progress", {"bytes_read": read, "bytes_written": written}))
-
-    return tell
 
 
 def open_engine(

@@ -6,6 +6,7 @@ No tensor passes through the driver or Ray's object store; units go out, receipt
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import cloudpickle
@@ -23,6 +24,7 @@ from distmerge.errors import RecipeError, WorkerLost
 from distmerge.expressions.evaluate import Place
 from distmerge.expressions.model_questions import KeyPartials
 from distmerge.plan.digest import kernel_class
+from distmerge.plan.memory import bare_process, fitted
 from distmerge.plan.work import Source, WorkUnit
 from distmerge.run.events import Event, Listener, silent
 from distmerge.run.worker import OnBytes, Worker, WorkerSettings
@@ -39,17 +41,22 @@ class RayWorker:
     """A `Worker` in an actor's process."""
 
     def __init__(self, settings: WorkerSettings) -> None:
-        self._worker = Worker(settings)
+        self._settings = settings
+        self._worker: Worker
 
-    def hello(self, device: str, sources: Sequence[Source]) -> str:
-        """What class of processor this is.
+    def hello(self, sources: Sequence[Source]) -> str:
+        """Start, and say what class of processor this is.
 
-        Reads a byte of every source: raises if this machine doesn't see what the driver saw.
+        Reads a byte of every source: raises if this machine doesn't see what the driver saw, and
+        if what this process holds leaves too little of its allowance.
         """
+        kernel = kernel_class(self._settings.device)
+        memory = fitted(self._settings.memory, bare_process())
+        self._worker = Worker(replace(self._settings, memory=memory))
         for source in sources:
             file = next(iter(source.files.values()))
             self._worker.open(source).read_into(file, 0, memoryview(bytearray(1)))
-        return kernel_class(device)
+        return kernel
 
     def merge(self, unit: bytes, known: bytes) -> Receipt:
         """See `Worker.merge`."""
@@ -155,7 +162,7 @@ class RayEngine:
         sources = list(_sources(units).values())
         while len(self._actors) + len(self._coming) < enough:
             actor: Any = ray.remote(RayWorker).options(**options).remote(self._settings)
-            self._coming[actor.hello.remote(self._settings.device, sources)] = actor
+            self._coming[actor.hello.remote(sources)] = actor
 
     def _welcome(self, hello: Any) -> list[Any]:
         """Take an actor in, unless its bits or its view of the inputs would differ; [] if it

@@ -40,8 +40,8 @@ class Tally:
     def note(self, key: str, value: Tensor, out: Tensor, base: Tensor | None) -> None:
         """Look at a block's result, the bytes written for it and the base's bytes."""
         finite = _stays_finite(value, out.dtype)
-        changed, moved = (0, 0) if base is None else _changes(value, out, base)
-        self._add(key, finite, changed, moved)
+        changed, lost = (0, 0) if base is None else _changes(value, out, base)
+        self._add(key, finite, changed, lost)
 
     def round(self, key: str, value: Tensor, out: Tensor, base: Tensor | None) -> bool:
         """Round float32 to bfloat16 and note what `note` would, in one pass; False where there is
@@ -51,15 +51,15 @@ class Tally:
             return False
         bits, rounded = flat(value).view(np.int32), out.view(torch.int16).numpy()
         finite = fused.round_to_bfloat16(bits, rounded)
-        changed, moved = (0, 0) if base is None else _changes(value, out, base)
-        self._add(key, finite, changed, moved)
+        changed, lost = (0, 0) if base is None else _changes(value, out, base)
+        self._add(key, finite, changed, lost)
         return True
 
-    def _add(self, key: str, finite: bool, changed: int, moved: int) -> None:
+    def _add(self, key: str, finite: bool, changed: int, lost: int) -> None:
         if changed or not finite:
             with self._lock:
                 self.changed += changed
-                self.lost += max(0, changed - moved)
+                self.lost += lost
                 if not finite:
                     self.non_finite[key] = self.non_finite.get(key, 0) + 1
 
@@ -73,25 +73,14 @@ def _stays_finite(value: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _changes(value: Tensor, out: Tensor, base: Tensor) -> tuple[int, int]:
-    """How many results differ from the base before rounding, and how many after."""
+    """How many results differ from the base, and how many of these no longer do once rounded."""
     fused = fused_for(value) if out.dtype == base.dtype == torch.bfloat16 else None
-    if fused is None:
-        before = _differing(value, base.to(value.dtype))
-        return before, _differing(out, base.to(out.dtype))
-    written, bits = out.view(torch.int16).numpy(), base.view(torch.int16).numpy()
-    changed, moved = fused.count_changes(flat(value).view(np.int32), written, bits)
-    return changed, moved
-
-
-_BITS = {2: torch.int16, 4: torch.float32, 8: torch.float64}
-
-
-def _differing(a: Tensor, b: Tensor) -> int:
-    """How many elements differ. numpy compares several times faster than torch, but doesn't know
-    bfloat16: two-byte floats are compared by their bits."""
-    kind = _BITS[a.element_size()]
-    x, y = a.cpu().view(kind).numpy(), b.cpu().view(kind).numpy()
-    return int(np.count_nonzero(x != y))
+    if fused is not None:
+        written, bits = out.view(torch.int16).numpy(), base.view(torch.int16).numpy()
+        changed, lost = fused.count_changes(flat(value).view(np.int32), written, bits)
+        return changed, lost
+    differs = value != base.to(value.dtype)
+    return int(differs.sum()), int((differs & (out == base.to(out.dtype))).sum())
 
 
 ROUNDING = frozenset({"F16", "BF16"})

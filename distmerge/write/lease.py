@@ -84,7 +84,10 @@ class LeaseKeeper:
         try:
             self._write()
         except OutputError:
-            self.check()  # a run that was faster has swept this one's temporary file away
+            other = read_lease(self._output)
+            if other is not None and other.owner != self._lease.owner:
+                # A run that was faster has swept this one's temporary file away.
+                raise _locked(self._output, other) from None
             raise
         # Of two that saw none and wrote at once, the last one's stays. Whoever looked before this
         # was written has written by now.
@@ -93,9 +96,15 @@ class LeaseKeeper:
         self._thread.start()
 
     def check(self) -> None:
-        """Raises OutputLocked if another run has taken over."""
+        """Raises OutputLocked if another run has taken over, or had while this one slept."""
         found = read_lease(self._output)
-        if found is not None and found.owner != self._lease.owner:
+        if found is None:
+            raise OutputLocked(
+                f"This run lost its hold on {self._output.root}: its lease is gone.",
+                "another run may have taken over and ended since",
+                fix="look at what is there, then run the same command again",
+            )
+        if found.owner != self._lease.owner:
             raise _locked(self._output, found)
 
     def release(self) -> None:
@@ -115,7 +124,7 @@ class LeaseKeeper:
         while not self._stop.wait(HEARTBEAT):
             try:
                 found = read_lease(self._output)
-                if found is not None and found.owner != self._lease.owner:
+                if found is None or found.owner != self._lease.owner:
                     return  # `check` tells the run
                 self._write()
             except OutputError:

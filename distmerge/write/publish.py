@@ -31,6 +31,10 @@ class Published:
     others: bool
     """Is there anything else, not of an unfinished run?"""
 
+    def holds(self, digest: str) -> bool:
+        """Is this merge there, whole?"""
+        return bool(self.loads) and self.digest == digest
+
 
 def look(output: OutputStore) -> Published:
     """See what an output holds.

@@ -17,6 +17,7 @@ import distmerge
 from distmerge.errors import DtypeMismatch, RecipeError
 from distmerge.expressions.lazy import as_lazy
 from distmerge.methods.declare import layer_merge
+from distmerge.plan.memory import MiB, fitted
 from distmerge.plan.plan import Plan
 from distmerge.run.merge import plan
 
@@ -247,3 +248,16 @@ def test_many_small_tensors_are_one_unit(tmp_path):
     decided = plan(distmerge.soup([distmerge.open(model) for model in models]))
     assert len(decided.weight_map) == 20_000
     assert len(decided.units) == 1
+
+
+def test_a_worker_that_holds_more_than_was_planned_makes_up_for_it(mixed):
+    memory = plan(linear(*mixed), allowed_mem="2GiB").memory
+    assert fitted(memory, memory.reserved) == memory
+    assert fitted(memory, memory.reserved - MiB) == memory
+    found = fitted(memory, memory.reserved + MiB)
+    assert (found.arena, found.projected) == (memory.arena - MiB, memory.projected)
+    spare = memory.arena - memory.least
+    assert fitted(memory, memory.reserved + spare).arena == memory.least
+    with pytest.raises(distmerge.MemoryBudgetError, match="before it merges") as refused:
+        fitted(memory, memory.reserved + spare + MiB)
+    assert f"--allowed-mem {2048 + 1 + 16}MiB" in str(refused.value)

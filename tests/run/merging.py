@@ -34,7 +34,8 @@ def everything(family: Family) -> Any:
     base, law, food, code, verse = (distmerge.open(family.path(name)) for name in MODELS)
     elected = distmerge.ties([base, law, food, code], k=0.3, over="model")
     dropped = distmerge.find_method("dare_ties")([base, food, verse], p=0.5, rescale=True)
-    return 0.5 * distmerge.stock([base, elected, law, verse]) + dropped * 0.5
+    stock = distmerge.find_method("model_stock")([base, elected, law, verse], over="model")
+    return 0.5 * stock + dropped * 0.5
 
 
 def least_memory(what: Any, **options: Any) -> str:

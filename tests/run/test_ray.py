@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import pytest
 from run.family import MODELS, Family, names_below, same_tensors, save_model, tensors_at
 from run.merging import SMALL, differing, everything, least_memory, run, small_models
@@ -15,6 +16,7 @@ import distmerge
 from distmerge.errors import MethodError, WorkerLost
 from distmerge.run.events import Event
 from distmerge.run.merge import plan
+from distmerge.run.ray_engine import RayEngine
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -148,6 +150,16 @@ def test_what_a_method_raises_arrives_as_it_does_locally(my, models, tmp_path):
     assert [
         n for n in names_below(tmp_path / "out") if "safetensors" in n or n[-4:] == ".tmp"
     ] == []
+
+
+def test_answers_are_folded_in_the_units_order_whichever_worker_was_first(models, monkeypatch):
+    what = distmerge.soup([distmerge.open(model) for model in models])
+    units = plan(what, max_shard_size=SMALL).units
+    engine = RayEngine.__new__(RayEngine)
+    late = [units[place] for place in (2, 0, 3, 1)]
+    answers = [(unit, cloudpickle.dumps([unit.shard])) for unit in late]
+    monkeypatch.setattr(engine, "_map", lambda *args: iter(answers), raising=False)
+    assert list(engine.ask(units, {})) == [[unit.shard] for unit in units]
 
 
 def test_state_dicts_in_memory_are_refused_before_ray_is_asked(family: Family):

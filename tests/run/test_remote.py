@@ -85,6 +85,21 @@ def test_s3_to_s3_gives_the_bytes_of_a_merge_on_disk(s3, remote, local, prefix):
     assert not [r for r in seen if r.method in ("PUT", "POST", "DELETE")]
 
 
+@pytest.mark.full
+@pytest.mark.usefixtures("cluster")
+def test_s3_to_s3_by_workers_on_ray(s3, remote, local, prefix):
+    distmerge.merge(
+        recipe(remote),
+        s3.url(prefix),
+        engine="ray",
+        workers=2,
+        storage_options=s3.storage_options,
+        max_shard_size=SHARD,
+    )
+    assert weights(objects(s3, prefix)) == weight_bytes(local)
+    assert s3.unfinished_uploads(prefix) == []
+
+
 def test_a_run_killed_in_the_middle_of_an_upload_goes_on(s3, remote, family, prefix, tmp_path):
     # One shard of more than one part, under its last name only when all is there.
     options: dict[str, Any] = {"storage_options": s3.storage_options, "out_dtype": "float32"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -113,3 +114,21 @@ def test_eager_arithmetic_on_results_agrees_where_nothing_is_rounded(family, tmp
 def test_one_key_is_computed_as_it_is_among_all(opened):
     whole = ties_over_model(opened).collect()
     assert torch.equal(ties_over_model(opened)["layers.1.long"], whole["layers.1.long"])
+
+
+def test_the_share_of_deltas_lost_to_rounding_is_counted(opened, tmp_path):
+    what = opened[0] + (opened[1] - opened[0]) / 16
+    what.save(tmp_path / "single", out_dtype="float32")
+    what.save(tmp_path / "rounded", out_dtype="bfloat16", max_shard_size=SHARD)
+    single, rounded = tensors_at(tmp_path / "single"), tensors_at(tmp_path / "rounded")
+    changed = lost = 0
+    for key, base in make_model(0).items():
+        if base.is_floating_point():
+            moved = single[key] != base.float()
+            changed += int(moved.sum())
+            lost += int((moved & (rounded[key] == base.bfloat16())).sum())
+    manifest = json.loads((tmp_path / "rounded/distmerge.json").read_text())
+    assert 0.05 < lost / changed < 0.95
+    assert manifest["lost_delta_share"] == pytest.approx(lost / changed, rel=1e-12)
+    untouched = json.loads((tmp_path / "single/distmerge.json").read_text())
+    assert untouched["lost_delta_share"] is None
