@@ -65,11 +65,11 @@ if TYPE_CHECKING:
     from distmerge.methods.declare import dict_map, layer_merge, model_merge
     from distmerge.methods.examples import max_magnitude, median
     from distmerge.methods.linear import linear as soup
-    from distmerge.methods.linear import model_stock as stock
-    from distmerge.methods.linear import slerp
     from distmerge.methods.method import PerModel
     from distmerge.methods.reductions import dots, largest, total
     from distmerge.methods.registry import find_method
+    from distmerge.methods.spherical import slerp
+    from distmerge.methods.stock import model_stock as stock
     from distmerge.methods.task_vectors import dare_linear as dare
     from distmerge.methods.task_vectors import task_arithmetic as task
     from distmerge.methods.task_vectors import ties
@@ -145,9 +145,9 @@ _HOMES = {
     "model_merge": "methods.declare",
     "open": "expressions.lazy:open_lazy",
     "save_importance": "importance",
-    "slerp": "methods.linear",
+    "slerp": "methods.spherical",
     "soup": "methods.linear:linear",
-    "stock": "methods.linear:model_stock",
+    "stock": "methods.stock:model_stock",
     "task": "methods.task_vectors:task_arithmetic",
     "ties": "methods.task_vectors",
     "total": "methods.reductions",

@@ -70,7 +70,7 @@ HOMES = {
     },
     "rich": {"cli/tables.py", "demo/walkthrough.py", "plan/describe.py", "run/progress.py"},
     "typer": {"cli/"},
-    "numba": {"methods/kernels.py"},
+    "numba": {"methods/kernels.py", "methods/random_kernels.py"},
     "cloudpickle": {"methods/user_code.py", "run/ray_engine.py"},
 }
 """The files that may import a library: it is part of what they are for."""
@@ -78,6 +78,7 @@ AT_THE_TOP = {
     ("run/ray_engine.py", "ray"),
     ("run/ray_engine.py", "cloudpickle"),
     ("methods/kernels.py", "numba"),
+    ("methods/random_kernels.py", "numba"),
     ("methods/user_code.py", "cloudpickle"),
 }
 """Modules that are themselves imported late; and cloudpickle, which is small."""

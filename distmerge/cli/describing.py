@@ -75,7 +75,8 @@ def _documentation(method: MergeMethod) -> str:
 def _needs(method: MergeMethod) -> list[str]:
     least, most = method.models
     count = f"{least}" if least == most else f"{least} to {most}" if most else f"{least} or more"
-    lines = [f"models: {count}" + (", besides the base" if method.takes_base else "")]
+    besides = ", besides the base" if method.takes_base and not method.counts_base else ""
+    lines = [f"models: {count}{besides}"]
     if method.takes_base:
         lines.append(f"base_model: {'required' if method.base_required else 'optional'}")
     lines += [f"{name}: a checkpoint beside each model" for name in method.inputs[1:]]

@@ -199,28 +199,12 @@ def check_models(node: Apply) -> None:
     Raises
         RecipeError, ParameterError
     """
-    method, count = node.method, len(node.models)
-    least, most = method.models
+    method = node.method
     if node.base is None and method.base_required:
         raise RecipeError(
             f"{method.name} needs a base model.", fix="base_model: ..., or base_index=0 in a call"
         )
-    if method.builtin and method.name == "slerp":  # its base is one of its two ends
-        least = most = 1 if node.base is not None else 2
-    if count < least or (most is not None and count > most):
-        wanted = (
-            f"{least}"
-            if least == most
-            else f"at least {least}"
-            if most is None
-            else f"{least} to {most}"
-        )
-        besides = " besides its base" if node.base is not None else ""
-        raise RecipeError(
-            f"{method.name} merges {wanted} model(s){besides}, not {count}.",
-            f"models: {', '.join(map(str, node.models))}",
-            fix=f"list {wanted}, or choose another method",
-        )
+    method.check_count(node.models, node.base)
     method.check_parameters(dict(node.parameters))
 
 

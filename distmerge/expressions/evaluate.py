@@ -99,7 +99,7 @@ class Evaluation:
 
     def _gathers(self, step: Call) -> bool:
         """Must this method see the whole tensor although it has several blocks?"""
-        return not self.grid.streams(step.method.granularity)
+        return not self.grid.streams(step.sees(self.grid.shape))
 
     # --- one block
 
@@ -117,7 +117,7 @@ class Evaluation:
         """Is it worth while to look at a part of every block first?"""
         if self._gatherings or len(self._dialogues) != 1 or self.grid.elements < SAMPLE_FROM:
             return False
-        return all(d.step.method.granularity == "elements" for d in self._dialogues.values())
+        return all(d.step.sees(self.grid.shape) == "elements" for d in self._dialogues.values())
 
     def sample(self, index: int, read: ReadBlock) -> None:
         """Let the first questions look at a part of block `index`."""
@@ -147,7 +147,7 @@ class Evaluation:
             return UNKNOWN
         gathering = self._gatherings.get(place)
         if gathering is None:
-            shape = self.grid.view(span, step.method.granularity)
+            shape = self.grid.view(span, step.sees(self.grid.shape))
             tensors = [value.view(shape) for value in found]
             if not step.method.builtin:
                 # That it writes to its inputs is found out afterwards: not to the caller's own.

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from distmerge.methods.blocks import Granularity
 from distmerge.methods.method import MergeMethod
 
 
@@ -37,6 +38,10 @@ class Call:
     base: int | None
     base_index: int | None
     parameters: Mapping[str, Any]
+
+    def sees(self, shape: tuple[int, ...]) -> Granularity:
+        """What the method must see at once of a tensor of this shape."""
+        return self.method.sees(self.parameters, shape)
 
 
 @dataclass(frozen=True, slots=True)

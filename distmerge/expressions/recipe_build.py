@@ -156,9 +156,9 @@ def _take_base_apart(recipe: Recipe, roles: Roles, base_at: int | None) -> None:
                 recipe.document.where(("merge_method",)),
                 fix="base_model: the model that the others were fine-tuned from",
             )
-        if method.name == "slerp" and roles.members:
-            first = roles.members[0].model
-            roles.warnings.append(f"slerp has no base_model: {first}, the first, is at t = 0.")
+        if method.counts_base and roles.members:
+            first, name = roles.members[0].model, method.name
+            roles.warnings.append(f"{name} has no base_model: {first}, the first, is at t = 0.")
     elif base_at is not None:
         dropped = roles.members.pop(base_at)
         if dropped.values:
@@ -185,29 +185,12 @@ def _merge_base_too(recipe: Recipe, roles: Roles, base: ModelRef) -> bool:
 
 
 def _check_count(recipe: Recipe, roles: Roles) -> None:
-    method, count = recipe.method, len(roles.members)
     if not recipe.models and roles.base is None:
         raise RecipeError(
             f"{recipe.document.origin} names no models.",
             fix="models: [{model: org/name}, {model: org/other}]",
         )
-    least, most = method.models
-    with_base = count + (roles.base is not None)
-    if method.name == "slerp":  # its base is one of its two ends
-        least = most = 2
-        count = with_base
-    if least <= count and (most is None or count <= most):
-        return
-    wanted = f"{least}" if least == most else f"at least {least}"
-    wanted = wanted if most is None or least == most else f"{least} to {most}"
-    besides = " besides its base" if roles.base is not None and method.name != "slerp" else ""
-    named = [*([roles.base] if roles.base else []), *(member.model for member in roles.members)]
-    noun = "model" if wanted.split()[-1] == "1" else "models"
-    raise RecipeError(
-        f"{method.name} merges {wanted} {noun}{besides}, not {count}.",
-        f"models: {', '.join(map(str, named))}",
-        fix=f"list {wanted}, or choose another merge_method",
-    )
+    recipe.method.check_count([member.model for member in roles.members], roles.base)
 
 
 def _check_inputs(recipe: Recipe, roles: Roles) -> None:

@@ -35,12 +35,12 @@ _SOON_TOP = _words("""
     slices modules tokenizer tokenizer_source chat_template merge rename on_shape_mismatch
 """)
 _SOON_MODEL = frozenset({"layer_range", "lora", "override_architecture", "rename"})
-_SOON_PARAMETERS = frozenset({"sign_weighting"})
+_SOON_PARAMETERS: frozenset[str] = frozenset()
 
 _LANGUAGE_PARAMETERS = _words("""
     weight density normalize rescale lambda int8_mask gamma epsilon t select_topk
     filter_wise scale max_iter tol nuslerp_row_wise nuslerp_flatten normalize_weights eps r
-    alpha over residual_weight
+    alpha over residual_weight sign_weighting
 """)
 """Parameters that some method of the recipe language has."""
 MERGEKIT_METHODS = _words("""
@@ -58,7 +58,9 @@ _CALL_NAMES = {
 }
 """How Python calls spell a parameter, and what recipes call it."""
 
-_TASK_VECTOR_METHODS = frozenset({"task_arithmetic", "ties", "dare_linear", "dare_ties"})
+_TASK_VECTOR_METHODS = _words("""
+    task_arithmetic ties breadcrumbs breadcrumbs_ties dare_linear dare_ties della della_linear sce
+""")
 _ELSEWHERE = {
     "path": "in 'model: {path: ..., revision: ...}'",
     "revision": "in 'model: {path: ..., revision: ...}', or in 'model: name@revision'",

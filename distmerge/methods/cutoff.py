@@ -6,15 +6,15 @@ it: two passes and half a megabyte however large the tensor (four passes for flo
 
 For large tensors the first pass reads a sixteenth of every block. Its histogram says in which
 few buckets the cut lies almost certainly; one pass over everything then counts what is above
-them and histograms what is inside. Should the cut lie elsewhere after all, the exact passes
-follow: the sample decides how long it takes, never what comes out.
+them and lists, or histograms, what is inside. Should the cut lie elsewhere after all, the exact
+passes follow: the sample decides how long it takes, never what comes out.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from distmerge.methods.random import Draw
 from distmerge.methods.reductions import Again, Scope
 
 Counts = np.ndarray[Any, Any]
+Rule = Literal["largest", "nonzero", "outliers", "band"]
+"""What passes: the largest, at least one; the largest that are not zero; the outliers above a
+band; the band and its outliers."""
 
 _LEVELS = {
     torch.float32: ((15, 16), (0, 15)),
@@ -34,8 +37,10 @@ _LEVELS = {
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 _FLOAT: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}
 _INFINITE = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}
+LISTED = 1 << 15
+"""Sampled elements inside a bracket up to which what is inside is listed: some megabytes."""
 WIDEST = 4
-"""Buckets of the first level that a bracket may span; further apart, histograms are faster."""
+"""Buckets of the first level that a bracket with a histogram may span."""
 DEVIATIONS = 6.0
 """Standard deviations of the sampled rank by which a bracket is wider than the estimate."""
 
@@ -77,16 +82,18 @@ class _Bracket:
 
     low: int
     high: int
+    listed: bool
 
 
 @dataclass(slots=True)
 class _Inside:
-    """What a bracket pass counts."""
+    """What a bracket pass finds."""
 
     above: int
     finite: int
-    counts: Counts = field(repr=False)
-    """By bits above the bracket's low end."""
+    counts: Counts | None = field(repr=False)
+    """By bits above the bracket's low end; None where they are listed."""
+    found: list[Counts] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +104,18 @@ class Cutoff:
     x: Tensor
     keep: float
     over: Scope = "tensor"
+    rule: Rule = "largest"
+    skip: float = 0.0
+    """The share of outliers above a band."""
     exact: bool = True
+
+    def wanted(self, n: int) -> int:
+        """How many of `n` magnitudes pass."""
+        if self.rule == "largest":
+            return kept_count(self.keep, n)
+        band = min(n, int(self.keep * n))
+        outliers = min(int(self.skip * n), n - band)
+        return {"nonzero": band, "outliers": outliers, "band": band + outliers}[self.rule]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -120,30 +138,47 @@ class Cutoff:
         fused = fused_for(x)
         if fused is not None:
             fused.histogram(flat(x).view(np.int32), shift, prefix_shift, prefix, counts)
-            return counts
-        bits = x.abs().reshape(-1).view(_INTEGER[self.dtype])
-        bits = bits[(bits < _INFINITE[self.dtype]) & ((bits >> prefix_shift) == prefix)]
-        found = torch.bincount((bits >> shift) & ((1 << width) - 1), minlength=1 << width)
-        return found.cpu().numpy()
+        else:
+            bits = x.abs().reshape(-1).view(_INTEGER[self.dtype])
+            bits = bits[(bits < _INFINITE[self.dtype]) & ((bits >> prefix_shift) == prefix)]
+            found = torch.bincount((bits >> shift) & ((1 << width) - 1), minlength=1 << width)
+            counts += found.cpu().numpy()
+        if prefix == 0:
+            counts[0] -= self._uncounted()
+        return counts
+
+    def _uncounted(self) -> int:
+        """Zeros, where they don't count."""
+        return self.x.numel() - int(torch.count_nonzero(self.x)) if self.rule == "nonzero" else 0
 
     def _inside(self, state: _Bracket) -> _Inside:
-        size = state.high - state.low + 1
+        low, high = state.low, state.high
+        counts = None if state.listed else np.zeros(high - low + 1, np.int32)
+        found = []
         fused = fused_for(self.x)
         if fused is not None:
-            counts = np.zeros(size, np.int32)
-            above, finite = fused.bracket(
-                flat(self.x).view(np.int32), state.low, state.high, counts
-            )
-            return _Inside(above, finite, counts)
-        bits = self.x.abs().reshape(-1).view(_INTEGER[self.dtype])
-        bits = bits[bits < _INFINITE[self.dtype]]
-        inside = bits[(bits >= state.low) & (bits <= state.high)] - state.low
-        counts = torch.bincount(inside, minlength=size).cpu().numpy()
-        return _Inside(int((bits > state.high).sum()), bits.numel(), counts)
+            bits = flat(self.x).view(np.int32)
+            if counts is None:
+                above, finite, inside = fused.inside(bits, low, high)
+                found = [inside]
+            else:
+                above, finite = fused.bracket(bits, low, high, counts)
+        else:
+            known = self.x.abs().reshape(-1).view(_INTEGER[self.dtype])
+            known = known[known < _INFINITE[self.dtype]]
+            above, finite = int((known > high).sum()), known.numel()
+            within = known[(known >= low) & (known <= high)]
+            if counts is None:
+                found = [within.cpu().numpy()]
+            else:
+                size = len(counts)
+                counts += torch.bincount(within - low, minlength=size).cpu().numpy().astype("i4")
+        return _Inside(above, finite - self._uncounted(), counts, found)
 
     def merge(self, a: Any, b: Any) -> Any:
         if isinstance(a, _Inside):
-            return _Inside(a.above + b.above, a.finite + b.finite, a.counts + b.counts)
+            counts = None if a.counts is None else a.counts + b.counts
+            return _Inside(a.above + b.above, a.finite + b.finite, counts, a.found + b.found)
         a += b
         return a
 
@@ -152,7 +187,7 @@ class Cutoff:
             return self._finish_bracket(total, state)
         if state is None:
             n = int(total.sum())
-            wanted = kept_count(self.keep, n)
+            wanted = self.wanted(n)
             if wanted >= n and self.keep > 0.0:
                 return EVERYTHING
             if wanted == 0:
@@ -167,11 +202,19 @@ class Cutoff:
         return self._cut(prefix, (state.wanted - above) / int(total[bucket]))
 
     def _finish_bracket(self, total: _Inside, state: _Bracket) -> Cut | Again:
-        wanted = kept_count(self.keep, total.finite) - total.above
-        if not 0 < wanted <= int(total.counts.sum()):
-            return Again(None)
-        bucket, above = _bucket(total.counts, wanted)
-        return self._cut(state.low + bucket, (wanted - above) / int(total.counts[bucket]))
+        wanted = self.wanted(total.finite) - total.above
+        if total.counts is None:
+            found = np.concatenate(total.found)
+            if not 0 < wanted <= len(found):
+                return Again(None)
+            bits = int(np.partition(found, len(found) - wanted)[len(found) - wanted])
+            above, equal = int((found > bits).sum()), int((found == bits).sum())
+        else:
+            if not 0 < wanted <= int(total.counts.sum()):
+                return Again(None)
+            bucket, above = _bucket(total.counts, wanted)
+            bits, equal = state.low + bucket, int(total.counts[bucket])
+        return self._cut(bits, (wanted - above) / equal)
 
     def _cut(self, bits: int, share: float) -> Cut:
         kind = _FLOAT[self.dtype]
@@ -182,15 +225,18 @@ class Cutoff:
         """A state to begin with, from the first-level histogram of a sample; None to begin
         without."""
         n = int(sampled.sum())
-        if self.dtype != torch.float32 or not n or not 0.0 < self.keep < 1.0:
+        share = self.wanted(n) / n if n else 0.0
+        if self.dtype != torch.float32 or not 0.0 < share < 1.0:
             return None
-        rank, margin = self.keep * n, DEVIATIONS * math.sqrt(n * self.keep * (1.0 - self.keep)) + 1
+        rank, margin = share * n, DEVIATIONS * math.sqrt(n * share * (1.0 - share)) + 1
         low, _ = _bucket(sampled, min(n, math.ceil(rank + margin)))
         high, _ = _bucket(sampled, max(1, math.floor(rank - margin)))
-        if high - low >= WIDEST:
+        listed = int(sampled[low : high + 1].sum()) <= min(LISTED, n / 16)
+        if high - low >= WIDEST and not listed:
             return None
         shift, _ = _LEVELS[self.dtype][0]
-        return _Bracket(low << shift, ((high + 1) << shift) - 1)
+        least = 1 if self.rule == "nonzero" else 0
+        return _Bracket(max(low << shift, least), ((high + 1) << shift) - 1, listed)
 
     def bare(self) -> Cutoff:
         return replace(self, x=self.x.new_empty(0))
@@ -211,14 +257,17 @@ def kept_count(keep: float, n: int) -> int:
     return max(1, int(keep * n)) if keep > 0.0 and n else 0
 
 
-def cutoff(x: Tensor, *, keep: float, over: Scope = "tensor") -> Cutoff:
+def cutoff(x: Tensor, *, keep: float, over: Scope = "tensor", nonzero: bool = False) -> Cutoff:
     """The magnitude that the largest `keep` share of the elements reaches, exactly.
 
     Among equals at the cut, `keep_above` lets the positional random pick as many as the share
     asks for: light fine-tunes in bfloat16 have few distinct magnitudes, and keeping all equals
     would keep 0.32 of the elements where 0.20 were asked for.
+
+    nonzero: the share is one of the elements that are not zero, and may come to none; otherwise
+        at least one element is kept.
     """
-    return Cutoff(x, keep, over)
+    return Cutoff(x, keep, over, "nonzero" if nonzero else "largest")
 
 
 def keep_above(x: Tensor, cut: Cut) -> Tensor:

@@ -17,6 +17,10 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from distmerge.methods.random_kernels import keep_at_random as keep_at_random
+from distmerge.methods.random_kernels import keep_between as keep_between
+from distmerge.methods.random_kernels import keep_by_rank as keep_by_rank
+
 Array = np.ndarray[Any, Any]
 
 CHUNK = 1024
@@ -67,12 +71,52 @@ def bracket(bits: Array, low: int, high: int, counts: Array) -> tuple[int, int]:
 
 
 @_loop
+def inside(bits: Array, low: int, high: int) -> tuple[int, int, Array]:
+    """As `bracket`, but the magnitudes in `low..high` are listed instead of counted."""
+    found = np.empty(SKIP, np.int32)
+    n = 0
+    above = np.int64(0)
+    infinite = np.int64(0)
+    lo, hi = np.int32(low), np.int32(high)
+    for start in range(0, bits.size, SKIP):
+        part = bits[start : start + SKIP]
+        reach, over, beyond = np.uint32(0), np.uint32(0), np.uint32(0)
+        for i in range(part.size):
+            b = part[i] & _MAGNITUDE
+            reach += np.uint32(b >= lo)
+            over += np.uint32(b > hi)
+            beyond += np.uint32(b >= _INFINITY)
+        above += np.int64(over) - np.int64(beyond)
+        infinite += np.int64(beyond)
+        if reach != over:
+            if n + SKIP > found.size:
+                more = np.empty(2 * found.size, np.int32)
+                more[:n] = found[:n]
+                found = more
+            for i in range(part.size):
+                b = part[i] & _MAGNITUDE
+                found[n] = b
+                n += (lo <= b) & (b <= hi)
+    return int(above), int(bits.size - infinite), found[:n].copy()
+
+
+@_loop
 def elect_and_merge(
-    base: Array, deltas: Array, cuts: Array, weights: Array, normalize: bool, scale: Any, out: Array
+    base: Array,
+    deltas: Array,
+    cuts: Array,
+    weights: Array,
+    votes: Array,
+    normalize: bool,
+    least: Any,
+    scale: Any,
+    out: Array,
 ) -> None:
-    """Trim, weigh, elect signs, merge what agrees, scale, add to the base.
+    """Trim, elect signs, weigh, merge what agrees, scale, add to the base.
 
     deltas: models x elements. Entries from -cut to cut count as zero. All float32.
+    votes: what each model's entries are multiplied with when signs are elected and compared.
+    least: the sum of the weights that agreed counts as no less when it divides.
     """
     zero, one = np.float32(0.0), np.float32(1.0)
     models, n = deltas.shape
@@ -84,50 +128,64 @@ def elect_and_merge(
         before, after = base[start : start + CHUNK], out[start : start + CHUNK]
         width = before.size
         for m in range(models):
-            cut, weight = cuts[m], weights[m]
+            cut = cuts[m]
             delta, part = deltas[m, start : start + CHUNK], kept[m]
             for j in range(width):
                 d = delta[j]
-                part[j] = (zero if (d >= -cut) & (d <= cut) else d) * weight
-        first = kept[0]
+                part[j] = zero if (d >= -cut) & (d <= cut) else d
+        first, vote = kept[0], votes[0]
         for j in range(width):
-            elected[j] = first[j]
+            elected[j] = first[j] * vote
             merged[j] = zero
             share[j] = zero
         for m in range(1, models):
-            part = kept[m]
+            part, vote = kept[m], votes[m]
             for j in range(width):
-                elected[j] += part[j]
+                elected[j] += part[j] * vote
         for j in range(width):
             elected[j] = one if elected[j] >= zero else -one
         for m in range(models):
-            weight, part = weights[m], kept[m]
+            weight, part, vote = weights[m], kept[m], votes[m]
             for j in range(width):
                 d = part[j]
-                agrees = one if d * elected[j] > zero else zero
-                merged[j] += d * agrees
+                agrees = one if d * vote * elected[j] > zero else zero
+                merged[j] += d * weight * agrees
                 share[j] += weight * agrees
         if normalize:
             for j in range(width):
-                merged[j] = merged[j] / (share[j] if share[j] != zero else one)
+                divisor = least if share[j] < least else share[j]
+                merged[j] = merged[j] / (divisor if divisor != zero else one)
         for j in range(width):
             after[j] = before[j] + merged[j] * scale
 
 
 @_loop
-def keep_at_random(x: Array, stream: Any, first: int, keep: Any, out: Array) -> None:
-    """`x` where the uniform number of its position is below `keep`, zero elsewhere. The numbers
-    are those of `distmerge.methods.random`."""
-    golden, mix_1 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
-    mix_2, unit = np.uint64(0x94D049BB133111EB), np.float32(2.0**-24)
-    begin = np.uint64(first) + np.uint64(1)
+def spread(xs: Array, out: Array) -> None:
+    """The sum of squared differences from the mean, element by element. xs: models x elements."""
+    models, n = xs.shape
+    share = np.float32(1.0 / models)
+    total = np.empty(CHUNK, np.float32)
+    for start in range(0, n, CHUNK):
+        squares = out[start : start + CHUNK]
+        first, width = xs[0, start : start + CHUNK], squares.size
+        for j in range(width):
+            squares[j] = np.float32(0.0)
+            total[j] = np.float32(0.0)
+        for m in range(1, models):
+            x = xs[m, start : start + CHUNK]
+            for j in range(width):
+                apart = x[j] - first[j]
+                total[j] += apart
+                squares[j] += apart * apart
+        for j in range(width):
+            squares[j] -= total[j] * total[j] * share
+
+
+@_loop
+def keep_where(x: Array, mask: Array, out: Array) -> None:
+    """`x` where `mask` is not zero, zero elsewhere."""
     for i in range(x.size):
-        z = stream + (begin + np.uint64(i)) * golden
-        z = (z ^ (z >> np.uint64(30))) * mix_1
-        z = (z ^ (z >> np.uint64(27))) * mix_2
-        z = z ^ (z >> np.uint64(31))
-        drawn = np.float32(np.int32(z >> np.uint64(40))) * unit
-        out[i] = x[i] * (np.float32(1.0) if drawn < keep else np.float32(0.0))
+        out[i] = x[i] if mask[i] != np.float32(0.0) else np.float32(0.0)
 
 
 @_loop

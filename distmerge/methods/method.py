@@ -13,11 +13,13 @@ from typing import Annotated, Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from distmerge.errors import ParameterError
+from distmerge.errors import ParameterError, RecipeError
 from distmerge.methods.blocks import Granularity
 from distmerge.methods.random import Draw
 
 T = TypeVar("T")
+Sight = Callable[[Mapping[str, Any], tuple[int, ...]], Granularity]
+"""What a method must see at once, from its parameters and the tensor's shape."""
 PER_MODEL = object()
 PerModel = Annotated[list[T], PER_MODEL]
 """Annotation of a parameter with one value for each model: the function gets a list."""
@@ -77,11 +79,13 @@ class MergeMethod:
     parameters: Mapping[str, Parameter]
     inputs: tuple[str, ...] = ("models",)
     """Arguments that take one tensor from every model."""
-    granularity: Granularity = "whole"
+    granularity: Granularity | Sight = "whole"
     takes_base: bool = False
     base_required: bool = False
     models: tuple[int, int | None] = (1, None)
-    """Fewest and most models, the base not counted."""
+    """Fewest and most models, the base not counted unless `counts_base`."""
+    counts_base: bool = False
+    """Is a base one of the models that are counted, as it is for slerp's two ends?"""
     from_call: Callable[..., dict[str, Any]] | None = None
     """Translates the keywords of a Python call into the recipe's parameters."""
     accepts_any: bool = False
@@ -153,6 +157,32 @@ class MergeMethod:
             passed[declared.keyword if declared else name] = value
         arguments = {name: list(tensors) for name, tensors in inputs.items()}
         return self.function(**arguments, **passed)
+
+    def sees(self, parameters: Mapping[str, Any], shape: tuple[int, ...]) -> Granularity:
+        """What it must see at once of a tensor of this shape."""
+        known = self.granularity
+        return known if isinstance(known, str) else known(parameters, shape)
+
+    def check_count(self, models: Sequence[object], base: object | None) -> None:
+        """Refuse too few or too many models; `base` is not among them.
+
+        Raises
+            RecipeError: names them.
+        """
+        given = [*([] if base is None else [base]), *models]
+        count = len(given) if self.counts_base else len(models)
+        least, most = self.models
+        if least <= count and (most is None or count <= most):
+            return
+        bounds = f"{least} to {most}" if most else f"at least {least}"
+        wanted = str(least) if least == most else bounds
+        noun = "model" if wanted.split()[-1] == "1" else "models"
+        besides = "" if base is None or self.counts_base else " besides its base"
+        raise RecipeError(
+            f"{self.name} merges {wanted} {noun}{besides}, not {count}.",
+            f"models: {', '.join(map(str, given))}",
+            fix=f"list {wanted}, or choose another merge_method",
+        )
 
     def check_parameters(self, given: Mapping[str, Any]) -> None:
         """Refuse unknown names.

@@ -36,9 +36,13 @@ class Again:
 class Question(Protocol):
     """Asked of one block; the three functions are pure."""
 
-    over: Scope
-    exact: bool
-    """Partials are integers, or otherwise fold to the same bits in any order."""
+    @property
+    def over(self) -> Scope: ...
+
+    @property
+    def exact(self) -> bool:
+        """Partials are integers, or otherwise fold to the same bits in any order."""
+        ...
 
     def partial(self, state: Any) -> Any:
         """What this block has to say. `state` is None on the first pass."""
@@ -117,6 +121,33 @@ def dots(xs: Sequence[Tensor], *, over: Scope = "tensor") -> Sums:
 def total(x: Tensor, *, over: Scope = "tensor") -> Sums:
     """The sum of all elements, a float."""
     return Sums(((x, None),), (), over)
+
+
+@dataclass(frozen=True, slots=True)
+class MeanSquare:
+    """The mean of the squares of all elements, a float; 0 of none."""
+
+    x: Tensor
+    over: Scope = "tensor"
+    exact: bool = False
+
+    def partial(self, state: Any) -> np.ndarray[Any, Any]:
+        return np.array([_sum_of_products(self.x, self.x), self.x.numel()], dtype=np.float64)
+
+    def merge(self, a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        total: np.ndarray[Any, Any] = a + b
+        return total
+
+    def finish(self, total: np.ndarray[Any, Any], state: Any) -> float:
+        return float(total[0] / total[1]) if total[1] else 0.0
+
+    def bare(self) -> MeanSquare:
+        return replace(self, x=self.x.new_empty(0))
+
+
+def mean_square(x: Tensor, *, over: Scope = "tensor") -> MeanSquare:
+    """The mean of the squares of all elements, a float."""
+    return MeanSquare(x, over)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,10 @@ from distmerge.errors import UnknownMethod
 from distmerge.methods.method import MergeMethod
 from distmerge.methods.signature import describe
 
-_BUILTIN_MODULES = ("linear", "task_vectors", "examples", "fisher")
+_BUILTIN_MODULES = (
+    *("linear", "spherical", "stock", "swaps", "agents"),
+    *("task_vectors", "della", "sce", "examples", "fisher"),
+)
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from typing import Any
 
 from distmerge.errors import MethodError
 from distmerge.methods.blocks import Granularity
-from distmerge.methods.method import OFFERED, PER_MODEL, REQUIRED, MergeMethod, Parameter
+from distmerge.methods.method import OFFERED, PER_MODEL, REQUIRED, MergeMethod, Parameter, Sight
 
 
 def describe(
@@ -27,12 +27,13 @@ def describe(
     *,
     name: str | None = None,
     inputs: tuple[str, ...] | None = None,
-    blocks: bool | Granularity | None = None,
+    blocks: bool | Granularity | Sight | None = None,
     models: tuple[int, int | None] = (1, None),
+    counts_base: bool = False,
     from_call: Callable[..., dict[str, Any]] | None = None,
     builtin: bool = False,
 ) -> MergeMethod:
-    """Read a function's signature into a `MergeMethod`.
+    """Read a function's signature into a `MergeMethod`, whose fields say what the options are.
 
     Raises
         MethodError: the signature can't be that of a merge method.
@@ -67,6 +68,7 @@ def describe(
         takes_base=base is not None,
         base_required=base is not None and base.default is REQUIRED,
         models=models,
+        counts_base=counts_base,
         from_call=from_call,
         accepts_any=any(p.kind is kinds.VAR_KEYWORD for p in rest),
         offered=frozenset(p.name for p in rest if p.name in OFFERED),
@@ -74,7 +76,11 @@ def describe(
     )
 
 
-def _granularity(name: str, blocks: bool | Granularity | None, generator: bool) -> Granularity:
+def _granularity(
+    name: str, blocks: bool | Granularity | Sight | None, generator: bool
+) -> Granularity | Sight:
+    if callable(blocks):
+        return blocks
     if isinstance(blocks, str):
         if blocks not in typing.get_args(Granularity):
             raise MethodError(f"{name}: blocks can't be {blocks!r}.", fix="'rows' or 'elements'")

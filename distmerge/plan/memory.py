@@ -101,7 +101,7 @@ def gathered_bytes(program: Program, shape: tuple[int, ...], itemsize: int) -> i
     mask's worth of temporaries, the result."""
     grid = Grid(shape)
     calls = [step for step in program.steps if isinstance(step, Call)]
-    whole = [call for call in calls if not grid.streams(call.method.granularity)]
+    whole = [call for call in calls if not grid.streams(call.sees(shape))]
     return sum((3 * _operands(call) + 2) * grid.elements * itemsize for call in whole)
 
 

@@ -48,7 +48,7 @@ def asks_model(
         new = [s for s in program.steps if isinstance(s, Call) and s.node not in tried]
         tried.update(call.node for call in new)
         for call in new:
-            if call.method.granularity == "whole":
+            if call.sees(shape_of(program)) == "whole":
                 # It may rely on more of its tensors' shape than can be tried here.
                 asks |= call.method.generator
             else:

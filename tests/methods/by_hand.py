@@ -45,9 +45,11 @@ def merge_by_hand(method, parameters, keys, *, seed=0):
 
 def _start(method, parameters, given, block, seed):
     key, start, stop = block
+    seen = method.sees(parameters, given["models"][0].shape)
 
     def cut(tensor):
-        return tensor.reshape(-1)[start:stop].clone()
+        piece = tensor.reshape(-1)[start:stop].clone()
+        return piece.view(-1, tensor.shape[-1]) if seen == "rows" else piece
 
     passed = {method.parameters[name].keyword: value for name, value in parameters.items()}
     if method.takes_base:

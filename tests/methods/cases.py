@@ -20,10 +20,17 @@ class Case:
     """Does the seed matter?"""
     sums: bool = False
     """Does it ask for sums of floats, whose last bits depend on the order of addition?"""
+    lines: str | None = None
+    """Does every row, or column, have statistics of its own?"""
 
     def __str__(self):
         shown = {k: v for k, v in self.parameters.items() if k not in ("weight", "t")}
         return "-".join([self.method, *(f"{k}={v}" for k, v in shown.items())])
+
+    @property
+    def cuts(self):
+        """Does a threshold decide what becomes of an element?"""
+        return "density" in self.parameters or self.method in ("arcee_fusion", "sce")
 
     def with_parameters(self, **changed):
         return replace(self, parameters={**self.parameters, **changed})
@@ -54,7 +61,11 @@ class Case:
         return merged(self.node(models, base, fishers), seed=seed)
 
 
+CHANCES = {"density": [0.5, 0.7, 0.9], "epsilon": [0.3, 0.1, 0.05]}
+GAMMA = {"gamma": [0.01, 0.01, 0.1]}
 FIVE = [0.3, 0.25, -0.2, 0.4, 0.15]
+ROWS = {"nuslerp_flatten": False}
+COLUMNS = {"nuslerp_flatten": False, "nuslerp_row_wise": True}
 CASES = [
     Case("linear", 5, base=False, parameters={"weight": FIVE}),
     Case("linear", 3, base=False, parameters={"weight": [1.0, 0.5, 2.0], "normalize": False}),
@@ -83,8 +94,58 @@ CASES = [
         parameters={"weight": FIVE, "density": [0.5] * 5, "rescale": "density"},
         random=True,
     ),
+    Case(
+        "ties",
+        3,
+        parameters={
+            "weight": [1.0, -0.5, 0.7],
+            "density": [0.3] * 3,
+            "sign_weighting": "paper",
+            "rescale": True,
+        },
+        sums=True,
+    ),
+    Case(
+        "breadcrumbs",
+        3,
+        parameters={"weight": [1.0, -0.5, 0.7], "density": [0.9, 0.5, 0.2], **GAMMA},
+    ),
+    Case(
+        "breadcrumbs_ties",
+        5,
+        parameters={"weight": FIVE, "density": [0.6] * 5, "gamma": [0.1, 0.0, 0.01, 0.3, 0.5]},
+    ),
+    Case(
+        "breadcrumbs_ties",
+        3,
+        parameters={"weight": [0.3] * 3, "density": [0.6] * 3, **GAMMA, "over": "model"},
+    ),
+    Case("della", 3, parameters={"weight": [1.0, 0.5, 0.7], **CHANCES}, random=True, sums=True),
+    Case(
+        "della_linear",
+        3,
+        parameters={"weight": [1.0, 0.5, 0.7], **CHANCES, "rescale": False},
+        random=True,
+        lines="rows",
+    ),
+    Case("sce", 3, sums=True),
+    Case("sce", 5, parameters={"select_topk": 0.3}, sums=True),
     Case("median", 5, base=False),
     Case("median", 4, base=False),
     Case("max_magnitude", 5),
     Case("fisher", 3, base=False, fishers=True),
+    Case("passthrough", 1, base=False, parameters={"scale": [None]}),
+    Case("nuslerp", 2, parameters={"weight": [0.3, 0.9]}, sums=True),
+    Case("nuslerp", 2, base=False, parameters={"weight": [0.5, 0.5]}, sums=True),
+    Case("nuslerp", 2, parameters={"weight": [0.3, 0.9], **ROWS}, sums=True, lines="rows"),
+    Case("nuslerp", 2, parameters={"weight": [0.3, 0.9], **COLUMNS}, sums=True, lines="columns"),
+    Case("multislerp", 3, parameters={"weight": [1.0, 0.5, 0.7]}, sums=True),
+    Case("multislerp", 5, base=False, parameters={"weight": FIVE}, sums=True),
+    Case("karcher", 3, base=False, sums=True),
+    Case("model_stock", 3, parameters={"filter_wise": True}, sums=True, lines="rows"),
+    Case("nearswap", 1, parameters={"t": 0.05}),
+    Case("arcee_fusion", 1, lines="rows"),
+    Case("ram", 5, parameters={"epsilon": 0.1}),
+    Case("ramplus_tl", 3, parameters={"epsilon": 0.1, "r": 0.5, "alpha": 2.0}, sums=True),
+    Case("ramplus_tl", 2, parameters={"epsilon": 0.1, "over": "model"}, sums=True),
 ]

@@ -144,6 +144,8 @@ class TestEveryMethod:
         at = (5, 62)
         if "density" in case.parameters:
             case = case.per_model("density", 0.9)
+        if "epsilon" in case.parameters and case.random:
+            case = case.per_model("epsilon", 0.05)
         given = case.tensors(SMALL)
         clean, elsewhere = case.merge(**given), torch.ones(SMALL, dtype=torch.bool)
         elsewhere[at] = False
@@ -156,11 +158,14 @@ class TestEveryMethod:
             found = case.merge(**replaced(given, model, put))
             assert found[elsewhere].isfinite().all()
             assert case.method == "median" or not found[at].isfinite()
-            moved = (found - clean).abs()[elsewhere]
-            if case.sums or "density" in case.parameters:
+            changed = elsewhere.clone()
+            if case.lines:  # what stands in the same row or column may change
+                changed[at[0] if case.lines == "rows" else (slice(None), at[1])] = False
+            moved = (found - clean).abs()[changed]
+            if case.sums or case.cuts:
                 # The one element is left out of sums and counts: the others hardly change, but
                 # for those at a threshold.
-                assert (moved > 1e-3).sum() <= 2 * case.count * ("density" in case.parameters)
+                assert (moved > 1e-3).sum() <= 2 * case.count * case.cuts
             else:
                 assert not moved.any()
 
@@ -188,6 +193,8 @@ class TestEveryMethod:
 
     def test_dimensions_do_not_matter(self, case):
         """A tensor of three dimensions is merged as the matrix with the same rows."""
+        if case.lines == "columns":
+            return  # whose columns are others
         matrix, cube = case.tensors((24, 63)), case.tensors((4, 6, 63))
         assert torch.equal(case.merge(**cube).view(24, 63), case.merge(**matrix))
 
@@ -270,13 +277,19 @@ def test_several_keys_over_the_model_equal_their_blocks_bit_by_bit(case, count):
         assert torch.equal(tensor.view(-1), expected[name])
 
 
-@those(lambda case: case.base and case.method != "slerp")
+@those(lambda case: case.base and case.method not in ("slerp", "nearswap", "arcee_fusion"))
 def test_copies_of_a_fine_tune_give_it(case):
     """With nothing dropped and weights that add up to one."""
     if has("density")(case):
         case = case.per_model("density", 1.0)
     if has("weight")(case):
-        case = case.per_model("weight", 1 / case.count).with_parameters(**{"lambda": 1.0})
+        case = case.per_model("weight", 1 / case.count)
+    if has("lambda")(case):
+        case = case.with_parameters(**{"lambda": 1.0})
+    if case.method == "sce":
+        case = case.with_parameters(select_topk=1.0)  # they don't differ anywhere
+    if case.method in ("ram", "ramplus_tl"):
+        case = case.with_parameters(epsilon=0.0)
     given = case.tensors(SMALL)
     model = given["models"][0]
     found = case.merge([model] * case.count, given["base"])

@@ -1,7 +1,5 @@
 """Every method against its formula in float64 numpy: `formulas`, straight from the papers.
 
-The bound: an element may be off by ROUNDING units in the last place of the largest term that goes
-into it, for the float32 arithmetic of the methods; the same in float64's units for float64 inputs.
 Signs and thresholds are decisions, which rounding must not tip: the inputs are random, so that no
 two magnitudes and no vote are that close.
 """
@@ -13,20 +11,17 @@ import pytest
 import torch
 from methods import formulas
 from methods.formulas import float64
+from methods.inputs import DTYPES, SHAPE, Models, assert_close, random
 from methods.trees import apply, merge, merged, plain_loops
 
 from distmerge.methods.registry import find_method, method_names
 
-ROUNDING = 16
-SHAPE = (150, 63)
-DTYPES = [torch.float32, torch.float64]
 WEIGHTS = [0.7, 0.2, 0.45]
 SIGNED = [0.9, -0.4, 0.3]
-
-
-def random(*shape, seed, dtype=torch.float32, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).mul(scale).to(dtype)
+SAME_FORMULA = {
+    **{"dare_linear": "dare", "dare_ties": "dare", "della_linear": "della"},
+    "breadcrumbs_ties": "breadcrumbs",
+}
 
 
 @pytest.fixture(params=DTYPES, ids=["float32", "float64"])
@@ -43,29 +38,9 @@ def loops(request):
             yield
 
 
-class Models:
-    """A base and fine-tunes, as tensors and as float64 arrays."""
-
-    def __init__(self, dtype, count=3, shape=SHAPE, seed=1):
-        self.base = random(*shape, seed=seed, dtype=dtype)
-        steps = [random(*shape, seed=seed + 1 + i, dtype=dtype, scale=0.1) for i in range(count)]
-        self.models = [self.base + step for step in steps]
-        self.base64 = float64(self.base)
-        self.models64 = [float64(m) for m in self.models]
-
-
 @pytest.fixture
 def given(dtype):
     return Models(dtype)
-
-
-def assert_close(found, expected, *terms):
-    """`terms`: what was added up, whose largest magnitude is the scale of rounding errors."""
-    assert tuple(found.shape) == expected.shape
-    scale = max(float(np.abs(t).max()) for t in (*terms, expected))
-    bound = ROUNDING * torch.finfo(found.dtype).eps * scale
-    error = float(np.abs(float64(found) - expected).max())
-    assert error <= bound, f"off by {error:.3g}, allowed {bound:.3g}"
 
 
 # --- weighted sums
@@ -347,6 +322,8 @@ def test_fisher_threshold(dtype):
 
 @pytest.mark.parametrize("name", [n for n in method_names() if find_method(n).builtin])
 def test_every_builtin_method_has_a_formula(name):
-    formula = {"dare_linear": "dare", "dare_ties": "dare"}.get(name, name)
+    formula = SAME_FORMULA.get(name, name)
     assert callable(getattr(formulas, formula))
-    assert f'"{name}"' in Path(__file__).read_text(), "and is compared with it above"
+    texts = [path.read_text() for path in Path(__file__).parent.glob("test_*.py")]
+    compared = [text for text in texts if f'"{name}"' in text and f"formulas.{formula}" in text]
+    assert compared or f'"{name}"' in Path(__file__).read_text(), "and is compared with it"

@@ -1,0 +1,121 @@
+"""A band of magnitudes: the largest are outliers and dropped, of the others the largest are kept.
+
+Two cuts, found together: one histogram serves both at first, and a sample brackets both.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distmerge.methods.cutoff import NOTHING, Counts, Cut, Cutoff, keep_above, plain_threshold
+from distmerge.methods.fusion import flat, fused_for
+from distmerge.methods.random import Draw
+from distmerge.methods.reductions import Again, Scope
+
+
+@dataclass(frozen=True, slots=True)
+class BandCut:
+    """The answer to `band`. Both cuts pick among equals by the same draw: where they are one
+    magnitude, an element is not both an outlier and kept."""
+
+    lower: Cut
+    """What is above is kept, or an outlier."""
+    upper: Cut
+    """What is above is an outlier."""
+
+    def at(self, draw: Draw) -> BandCut:
+        return BandCut(self.lower.at(draw), self.upper.at(draw))
+
+
+States = tuple[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """A question; see `band`."""
+
+    x: Tensor
+    keep: float
+    skip: float
+    over: Scope = "tensor"
+    exact: bool = True
+
+    @property
+    def cutoffs(self) -> tuple[Cutoff, Cutoff]:
+        """The lower cut's question and the upper one's."""
+        lower = Cutoff(self.x, self.keep, self.over, "band", self.skip)
+        return lower, replace(lower, rule="outliers")
+
+    def partial(self, state: States | None) -> Any:
+        if state is None:
+            return self.cutoffs[0].partial(None)
+        pairs = zip(self.cutoffs, state, strict=True)
+        return tuple(None if isinstance(s, Cut) else cut.partial(s) for cut, s in pairs)
+
+    def merge(self, a: Any, b: Any) -> Any:
+        lower, upper = self.cutoffs
+        if not isinstance(a, tuple):
+            return lower.merge(a, b)
+        both = zip((lower, upper), a, b, strict=True)
+        return tuple(None if left is None else cut.merge(left, right) for cut, left, right in both)
+
+    def finish(self, total: Any, state: States | None) -> BandCut | Again:
+        totals = total if isinstance(total, tuple) else (total, total)
+        states = (None, None) if state is None else state
+        said = [
+            s if isinstance(s, Cut) else cut.finish(counts, s)
+            for cut, counts, s in zip(self.cutoffs, totals, states, strict=True)
+        ]
+        lower, upper = (s.state if isinstance(s, Again) else s for s in said)
+        if isinstance(lower, Cut) and isinstance(upper, Cut):
+            return BandCut(lower, upper)
+        return Again((lower, upper))
+
+    def bracket(self, sampled: Counts) -> States | None:
+        """As `Cutoff.bracket`, for both cuts."""
+        states = tuple(cut.bracket(sampled) for cut in self.cutoffs)
+        return None if states == (None, None) else states  # type: ignore[return-value]
+
+    def bare(self) -> Band:
+        return replace(self, x=self.x.new_empty(0))
+
+
+def band(x: Tensor, *, keep: float, skip: float, over: Scope = "tensor") -> Band:
+    """The magnitudes between which int(keep * n) of n elements lie when int(skip * n) of the
+    largest, or as many as there are besides, are left out."""
+    return Band(x, keep, skip, over)
+
+
+def keep_band(x: Tensor, cut: BandCut) -> Tensor:
+    """`x` with everything outside the band set to zero. What is not finite stays so."""
+    return keep_above(x, cut.lower) - keep_above(x, cut.upper)
+
+
+def trim(x: Tensor, cut: Cut | BandCut, out: Tensor | None = None) -> Tensor:
+    """`keep_above` or `keep_band`; into `out` if one is given."""
+    lower, upper = (cut, NOTHING) if isinstance(cut, Cut) else (cut.lower, cut.upper)
+    fused = fused_for(x)
+    if fused is None or lower.value == math.inf:
+        kept = keep_above(x, cut) if isinstance(cut, Cut) else keep_band(x, cut)
+        return kept if out is None else out.copy_(kept)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    low, high = _edge(lower), _edge(upper)
+    draw = lower.draw or Draw(0, (), 0)
+    assert lower.draw or not (low[1] or high[1]), "the evaluator gives every answer its draw"
+    fused.keep_between(flat(x), *low, *high, np.uint64(draw.stream()), draw.start, flat(out))
+    return out
+
+
+def _edge(cut: Cut) -> tuple[np.float32, np.float32]:
+    """A magnitude up to which everything is on the lower side, and the share of its equals that
+    are on the upper side all the same."""
+    threshold = plain_threshold(cut, torch.float32)
+    if threshold is not None:
+        return np.float32(threshold), np.float32(0.0)
+    return np.float32(cut.value), np.float32(cut.share)

@@ -1,0 +1,105 @@
+"""How task vectors are thinned out at random, and what is left scaled up again.
+
+Those that look at magnitudes alone are in `distmerge.methods.cutoff` and `distmerge.methods.bands`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distmerge.errors import ParameterError
+from distmerge.methods.fusion import flat, fused_for
+from distmerge.methods.random import Draw
+from distmerge.methods.reductions import total
+
+Rescale = bool | Literal["l1", "density"]
+"""Whether the L1 norm is restored after sparsifying, or the kept share divided out."""
+
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+def keep_at_random(delta: Tensor, keep: float, rng: Draw, model: int) -> Tensor:
+    """Each entry with probability `keep`, else zero."""
+    if keep >= 1.0:
+        return delta
+    fused = fused_for(delta)
+    if fused is None:
+        return delta * (rng.uniform(delta, model) < keep)
+    out = torch.empty_like(delta)
+    stream = np.uint64(rng.stream(model))
+    fused.keep_at_random(flat(delta), stream, rng.start, np.float32(keep), flat(out))
+    return out
+
+
+def check_chances(keep: float, spread: float) -> None:
+    """Refuse chances that leave 0 to 1. Everything and nothing have no chances.
+
+    Raises
+        ParameterError: keep - spread or keep + spread is no probability.
+    """
+    if 0.0 < keep < 1.0 and not 0.0 < keep - spread <= keep + spread < 1.0:
+        raise ParameterError(
+            f"density {keep} and epsilon {spread} give chances outside of 0 to 1.",
+            f"density - epsilon is {keep - spread:.4g}, density + epsilon {keep + spread:.4g}",
+            fix=f"epsilon: {min(keep, 1.0 - keep) / 2:.2g}",
+        )
+
+
+def chances(delta: Tensor, keep: float, spread: float) -> Tensor:
+    """The probability with which each entry is kept, in float64: keep - spread for the smallest
+    magnitude of its row to keep + spread for the largest, evenly by rank.
+
+    Equals share the mean of their ranks, so a row of equals, or of one, is kept with `keep`.
+    """
+    rows = delta.abs().reshape(-1, delta.shape[-1] if delta.dim() else 1)
+    bits = rows.contiguous().view(_BITS[delta.dtype])  # magnitudes order as their bits do
+    in_order = bits.sort(dim=1).values
+    twice = torch.searchsorted(in_order, bits) + torch.searchsorted(in_order, bits, right=True) - 1
+    least, step = _line(rows.shape[1], keep, spread)
+    return (twice.double() * step + least).view(delta.shape)
+
+
+def _line(width: int, keep: float, spread: float) -> tuple[float, float]:
+    """Chances by twice the rank, in rows of this width: at zero, and what each adds."""
+    return (keep - spread, spread / (width - 1)) if width > 1 else (keep, 0.0)
+
+
+def keep_by_rank(delta: Tensor, keep: float, spread: float, rng: Draw, model: int) -> Tensor:
+    """Each entry with its own one of the `chances`, else zero. Blocks are whole rows."""
+    if keep >= 1.0 or not delta.numel():
+        return delta
+    if keep <= 0.0:
+        return torch.zeros_like(delta)
+    fused = fused_for(delta)
+    if fused is None:
+        return delta * (rng.uniform(delta, model) < chances(delta, keep, spread).float())
+    width = delta.shape[-1] if delta.dim() else 1
+    out = torch.empty_like(delta, memory_format=torch.contiguous_format)
+    stream = np.uint64(rng.stream(model))
+    fused.keep_by_rank(
+        flat(delta), width, stream, rng.start, *_line(width, keep, spread), flat(out)
+    )
+    return out
+
+
+def rescaled(
+    deltas: Sequence[Tensor], kept: list[Tensor], rescale: Rescale, density: Sequence[float]
+) -> Generator[Any, Any, list[Tensor]]:
+    """What sparsifying left, with each tensor's L1 norm restored, or divided by the kept share."""
+    if rescale == "density":
+        return [k if d in (0.0, 1.0) else k / d for k, d in zip(kept, density, strict=True)]
+    if not rescale:
+        return kept
+    sums = yield [total(x.abs()) for pair in zip(deltas, kept, strict=True) for x in pair]
+    pairs = zip(kept, sums[::2], sums[1::2], strict=True)
+    return [_matched(k, before, after) for k, before, after in pairs]
+
+
+def _matched(kept: Tensor, before: float, after: float) -> Tensor:
+    """`kept` with the L1 norm that it had before sparsifying, unless either is next to zero."""
+    return kept if before < 1e-7 or after < 1e-7 else kept * (before / after)
