@@ -54,10 +54,13 @@ HOMES = {
     "fsspec": {"checkpoints/fsspec_store.py"},
     "s3fs": {"checkpoints/fsspec_store.py"},
     "huggingface_hub": {
+        "checkpoints/hub_account.py",
         "checkpoints/hub_errors.py",
         "checkpoints/hub_store.py",
         "huggingface/pipelines.py",
         "write/card.py",
+        "write/hub_output.py",
+        "write/hub_repository.py",
     },
     "transformers": {
         "demo/perplexity.py",

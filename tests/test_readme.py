@@ -59,11 +59,13 @@ def on_the_hub(hub, models):
 
 
 @pytest.fixture
-def places(s3, on_the_hub, monkeypatch):
-    """The bucket `models` on S3, empty, with its credentials; and the models on the Hub."""
+def places(s3, hub, on_the_hub, monkeypatch):
+    """The bucket `models` on S3, empty, with its credentials; and the models on the Hub, which may
+    be written."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.access_key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.secret_key)
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3.endpoint)
+    monkeypatch.setenv("HF_TOKEN", hub.token)
     yield
     for key in s3.keys():  # noqa: SIM118 (a server, not a dict)
         s3.client().delete_object(Bucket=s3.bucket, Key=key)

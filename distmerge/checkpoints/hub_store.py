@@ -15,11 +15,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from distmerge.checkpoints.http_ranges import RangeClient
+from distmerge.checkpoints.hub_account import HubAccount, hub_account
 from distmerge.checkpoints.hub_errors import explain_hub
 from distmerge.checkpoints.local_store import fill_from_disk, tag_of, walk_files
 from distmerge.checkpoints.location import HUB_SCHEME, is_safe_path, split_hub_root
 from distmerge.checkpoints.parallel import PartReader, check_range
 from distmerge.checkpoints.retry import DEFAULT_POLICY, HttpStatus, RetryPolicy, retrying
+from distmerge.checkpoints.store import StorageOptions
 from distmerge.checkpoints.tensors import FileInfo
 from distmerge.errors import CheckpointNotFound, DistmergeError, MalformedCheckpoint
 
@@ -32,13 +34,15 @@ class HubStore:
 
     `root` is hf://org/name[/folder]. `revision` is what was asked for until `files()` pins it to
     a commit; a commit is taken as it is, so that a worker needs no request to know the files.
-    The endpoint and the token are the environment's (HF_ENDPOINT, HF_TOKEN, `hf auth login`).
+    The endpoint and the token are the environment's (HF_ENDPOINT, HF_TOKEN, `hf auth login`),
+    unless storage options for hf:// name others.
     """
 
     def __init__(
         self,
         root: str,
         revision: str | None = None,
+        storage_options: StorageOptions | None = None,
         *,
         only: str | None = None,
         policy: RetryPolicy = DEFAULT_POLICY,
@@ -46,6 +50,7 @@ class HubStore:
         self.root = root
         self.revision = revision
         self._repo, self._folder = split_hub_root(root)
+        self._options = storage_options
         self._only = only
         self._policy = policy
         self._client = RangeClient()
@@ -95,10 +100,15 @@ class HubStore:
         self._parts.close()
         self._client.close()
 
+    @property
+    def _account(self) -> HubAccount:
+        return hub_account(self.root, self._options)
+
     def _listed_files(self) -> dict[str, FileInfo]:
         from huggingface_hub import HfApi
 
-        info = HfApi(endpoint=endpoint()).model_info(
+        account = self._account
+        info = HfApi(endpoint=account.endpoint, token=account.token).model_info(
             self._repo, revision=self.revision, files_metadata=True, timeout=_API_SECONDS
         )
         if info.sha is None or not _COMMIT.fullmatch(info.sha):
@@ -164,7 +174,7 @@ class HubStore:
         try:
             self._fetch_from(address, file, start, view)
         except HttpStatus as refused:
-            if refused.status not in (401, 403) or _same_host(address, endpoint()):
+            if refused.status not in (401, 403) or _same_host(address, self._account.endpoint):
                 raise
             # A signed address expires; a second refusal is meant.
             self._fetch_from(self._address(file, unlike=address), file, start, view)
@@ -172,7 +182,9 @@ class HubStore:
     def _fetch_from(self, address: str, file: FileInfo, start: int, view: memoryview) -> None:
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-        headers = build_hf_headers() if _same_host(address, endpoint()) else {}
+        account = self._account
+        at_home = _same_host(address, account.endpoint)
+        headers = build_hf_headers(token=account.token) if at_home else {}
         self._client.fill(address, start, view, size=file.size, headers=headers)
 
     def _address(self, file: FileInfo, *, unlike: str | None = None) -> str:
@@ -187,22 +199,16 @@ class HubStore:
         with self._locks.setdefault(file.path, threading.Lock()):
             known = self._addresses.get(file.path, unlike)
             if known is None or known == unlike:
+                home, token = self._account.endpoint, self._account.token
                 url = hf_hub_url(
-                    self._repo, self._inside(file), revision=self.revision, endpoint=endpoint()
+                    self._repo, self._inside(file), revision=self.revision, endpoint=home
                 )
-                found = get_hf_file_metadata(url, endpoint=endpoint(), timeout=_API_SECONDS)
+                found = get_hf_file_metadata(url, token=token, endpoint=home, timeout=_API_SECONDS)
                 known = self._addresses[file.path] = found.location
             return known
 
     def _explain(self, error: Exception) -> DistmergeError | None:
         return explain_hub(error, self._repo, self.revision)
-
-
-def endpoint() -> str:
-    """The Hub's address as the environment gives it now."""
-    from huggingface_hub import constants
-
-    return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
 
 
 def is_offline() -> bool:

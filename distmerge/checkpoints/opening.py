@@ -109,7 +109,7 @@ def _store(
     if root.startswith(HUB_SCHEME):
         from distmerge.checkpoints.hub_store import HubStore
 
-        return HubStore(root, revision, only=only)
+        return HubStore(root, revision, options, only=only)
     if root.startswith("file://"):
         return LocalStore(local_path(root), only=only)
     if "://" in root or "::" in root:

@@ -36,9 +36,27 @@ class Store(Protocol):
 
 
 class OutputStore(Protocol):
-    """Writes one output. Nothing is visible under a name before it is whole."""
+    """Writes one output. Nothing is visible under a name before it is whole.
+
+    Stores that can, keep everything apart until `publish`; elsewhere what is written is there.
+    """
 
     root: str
+    heartbeat: float
+    """Seconds between a lease's renewals here."""
+    spools: bool
+    """Does a shard wait on this machine's disk until it is whole, and go to its place then?"""
+
+    def begin(self, digest: str) -> None:
+        """Name the merge that is written, before the first write."""
+        ...
+
+    def publish(self, title: str, text: str) -> str | None:
+        """What was written becomes the output. The URL to read it from, if it isn't the root's.
+
+        title, text: for people who look at the place's history, where there is one.
+        """
+        ...
 
     def is_file(self) -> bool:
         """Is there a file in the place where the output's folder would be?"""
@@ -68,12 +86,16 @@ class OutputStore(Protocol):
         """Give a whole file another name; nobody sees half of it under either."""
         ...
 
+    def remove_below(self, folder: str) -> None:
+        """Remove every file below a folder, which ends with a slash."""
+        ...
+
     def remove_temporaries(self) -> int:
         """Sweep what killed runs left unfinished; for the holder of the lease."""
         ...
 
     def free_bytes(self) -> int | None:
-        """Room left, where that is known."""
+        """Room left, where that is known; with `spools`, for shards that wait."""
         ...
 
 

@@ -35,6 +35,9 @@ def merge(
     allow_non_finite: Annotated[
         bool, typer.Option("--allow-non-finite", help="Write NaN and infinity too.")
     ] = False,
+    pull_request: Annotated[
+        bool, typer.Option("--pr", help="On the Hub: open a pull request with the result.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan, write nothing.")
     ] = False,
@@ -59,6 +62,7 @@ def merge(
         "device": device.value,
         "seed": seed,
         "overwrite": overwrite,
+        "pull_request": pull_request,
     }
     if dry_run:
         _show(running.plan(request, out, **settings), as_json=as_json)

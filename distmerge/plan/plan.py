@@ -85,9 +85,14 @@ class Plan:
         }
 
     @cached_property
+    def shard_sizes(self) -> list[int]:
+        """Bytes of the tensors in each shard."""
+        return [unit.size - len(unit.header) for unit in self.units]
+
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of all output tensors."""
-        return sum(unit.size - len(unit.header) for unit in self.units)
+        return sum(self.shard_sizes)
 
     @cached_property
     def bytes_in(self) -> int:

@@ -8,6 +8,7 @@ from contextlib import closing
 from importlib.metadata import version
 from typing import Any
 
+from distmerge.checkpoints.location import HUB_SCHEME
 from distmerge.checkpoints.opening import open_store
 from distmerge.checkpoints.store import OutputStore, StorageOptions, Store
 from distmerge.checkpoints.tensors import Checkpoint
@@ -41,14 +42,16 @@ def finish(plan: Plan, output: OutputStore, receipts: Sequence[Receipt]) -> dict
     small = {**files, **({INDEX_FILE: index} if index is not None else {})}
     checksums |= {path: checksum(data) for path, data in small.items()}
     manifest = _manifest(plan, receipts, checksums, lost)
-    publish(
+    url = publish(
         output,
         files=files,
         manifest=manifest,
         index=index,
         staged=None if several else plan.units[0].path,
+        text=plan.expression,
     )
     return {
+        **({"url": url} if url else {}),
         "bytes_read": sum(receipt.bytes_read for receipt in receipts),
         "bytes_written": sum(receipt.size for receipt in receipts),
         "tensors": len(plan.weight_map),
@@ -83,7 +86,7 @@ def _card(plan: Plan, output: OutputStore) -> tuple[str, list[str]]:
             if leaf == donor:
                 base = parents[-1].name
     card = model_card(
-        name=output.root.rstrip("/").rsplit("/", 1)[-1],
+        name=_name(output.root),
         parents=parents,
         base=base,
         method=_method_name(plan),
@@ -93,6 +96,13 @@ def _card(plan: Plan, output: OutputStore) -> tuple[str, list[str]]:
         library_version=package_version(),
     )
     return card, license_warnings(parents)
+
+
+def _name(root: str) -> str:
+    """The last part of a path or URL, without a Hub's branch."""
+    if root.startswith(HUB_SCHEME):
+        root = root.partition("@")[0]
+    return root.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _method_name(plan: Plan) -> str:

@@ -59,9 +59,16 @@ class MergeOptions:
     overwrite: bool = False
     allow_non_finite: bool = False
     storage_options: StorageOptions | None = None
+    pull_request: bool = False
+    """On the Hub: propose the merge instead of putting it in place."""
     overrides: Sequence[str] = ()
     """`path.to.key=value` for recipes."""
     strict: bool = False
+
+    @property
+    def replaces(self) -> bool:
+        """May the output hold a model already? A pull request doesn't touch it."""
+        return self.overwrite or self.pull_request
 
     @property
     def processes(self) -> int:
@@ -92,10 +99,13 @@ def merge(what: Any, out: str, *, listener: Listener = silent, **options: Any) -
     settings = MergeOptions(**options)
     started = time.monotonic()
     request = as_request(what, settings)
-    output = open_output(out, request.storage_options)
+    output = open_output(out, request.storage_options, pull_request=settings.pull_request)
     published = look(output)
     decided = plan_request(request, settings)
-    summary = None
+    output.begin(decided.digest)
+    if published.holds(decided.digest):
+        published = look(output)  # now with what an earlier run may have left
+    url, summary = out, None
     if not published.holds(decided.digest):
         _check_place(decided, output, published, settings)
         summary = _write(decided, output, settings, listener)
@@ -105,9 +115,10 @@ def merge(what: Any, out: str, *, listener: Listener = silent, **options: Any) -
     if summary is None:
         listener(Event("notice", {"text": f"{out} holds this merge already."}))
     else:
+        url = summary.get("url", out)
         seconds = time.monotonic() - started
         listener(Event("done", {"url": out, "seconds": seconds, **summary}))
-    return open_lazy(out, storage_options=request.storage_options)
+    return open_lazy(url, storage_options=request.storage_options)
 
 
 def _write(
@@ -119,9 +130,9 @@ def _write(
         published = look(output)  # again: now nobody else writes
         if published.holds(decided.digest):
             return None
-        check_free(output, published, overwrite=settings.overwrite)
+        check_free(output, published, overwrite=settings.replaces)
         output.remove_temporaries()
-        check_room(output, decided.nbytes)
+        check_room(output, decided.shard_sizes, settings.processes)
         unpublish(output, published)
         clear_stale(output, decided.digest, {unit.path for unit in decided.units})
         try:
@@ -144,11 +155,11 @@ def plan(what: Any, out: str | None = None, **options: Any) -> Plan:
     request = as_request(what, settings)
     decided = plan_request(request, settings)
     if out is not None:
-        output = open_output(out, request.storage_options)
+        output = open_output(out, request.storage_options, pull_request=settings.pull_request)
         published = look(output)
         if not published.holds(decided.digest):
             _check_place(decided, output, published, settings)
-            check_room(output, decided.nbytes)
+            check_room(output, decided.shard_sizes, settings.processes)
     return decided
 
 
@@ -156,7 +167,7 @@ def _check_place(
     decided: Plan, output: OutputStore, published: Published, settings: MergeOptions
 ) -> None:
     """Raises OutputExists if something there would be lost."""
-    check_free(output, published, overwrite=settings.overwrite)
+    check_free(output, published, overwrite=settings.replaces)
     named = [leaf for leaf in decided.inputs.leaves if isinstance(leaf, Leaf)]
     donors = (decided.request.donor, decided.request.config_from)
     named += [leaf for leaf in donors if leaf is not None]

@@ -83,6 +83,7 @@ class Worker:
         """
         if self._output is None:
             self._output = open_output(self.settings.output, self.settings.storage_options)
+            self._output.begin(self.settings.digest)
         output = self._output
         writer = self.writer(output.open_write(unit.path), unit.header)
         try:

@@ -23,6 +23,9 @@ Answer = TypeVar("Answer")
 class FsspecOutput:
     """Writes below one directory-like URL."""
 
+    heartbeat = 10.0
+    spools = False
+
     def __init__(
         self,
         root: str,
@@ -37,6 +40,12 @@ class FsspecOutput:
         except CheckpointError as error:
             raise OutputError(error.headline, *error.facts, fix=error.fix) from error
         self._is_s3 = is_s3(self._fs)
+
+    def begin(self, digest: str) -> None:
+        """Nothing to do: merges are told apart by their receipts."""
+
+    def publish(self, title: str, text: str) -> None:
+        """Nothing to do: what is written is there."""
 
     def is_file(self) -> bool:
         """Whether the root is a file instead of a folder."""
@@ -128,6 +137,11 @@ class FsspecOutput:
     def free_bytes(self) -> int | None:
         """Unknown."""
         return None
+
+    def remove_below(self, folder: str) -> None:
+        """Remove every file below a folder."""
+        for path in self.list(folder):
+            self.delete(path)
 
     def remove_temporaries(self) -> int:
         """Delete what killed runs left behind and say how many things that was.

@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import psutil
 
@@ -23,9 +23,9 @@ from distmerge.errors import OutputError, OutputLocked
 
 LEASE_FILE = ".distmerge/lease.json"
 EXPIRES = 60.0
-"""Seconds after the last heartbeat."""
-HEARTBEAT = 10.0
-"""Seconds between heartbeats."""
+"""Seconds after the last heartbeat, unless a lease says otherwise."""
+MISSED = 6
+"""Heartbeats that may be missed in a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,19 +38,21 @@ class Lease:
     started: float
     """When the process began, seconds since the epoch: process numbers are used again."""
     heartbeat: float
+    expires: float = EXPIRES
+    """Seconds after the last heartbeat: longer where a heartbeat is dear."""
 
     @classmethod
-    def mine(cls) -> Lease:
+    def mine(cls, expires: float) -> Lease:
         now = time.time()
         started = psutil.Process().create_time()
-        return cls(uuid.uuid4().hex, socket.gethostname(), os.getpid(), started, now)
+        return cls(uuid.uuid4().hex, socket.gethostname(), os.getpid(), started, now, expires)
 
     def renewed(self) -> Lease:
-        return Lease(self.owner, self.host, self.process, self.started, time.time())
+        return replace(self, heartbeat=time.time())
 
     def is_held(self) -> bool:
         """Does its owner still write, as far as can be told from here?"""
-        if time.time() - self.heartbeat > EXPIRES:
+        if time.time() - self.heartbeat > self.expires:
             return False
         if self.host != socket.gethostname():
             return True
@@ -67,7 +69,7 @@ class LeaseKeeper:
 
     def __init__(self, output: OutputStore) -> None:
         self._output = output
-        self._lease = Lease.mine()
+        self._lease = Lease.mine(MISSED * output.heartbeat)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="distmerge-lease", daemon=True)
 
@@ -121,7 +123,7 @@ class LeaseKeeper:
         self._output.write_bytes(LEASE_FILE, json.dumps(asdict(self._lease)).encode())
 
     def _beat(self) -> None:
-        while not self._stop.wait(HEARTBEAT):
+        while not self._stop.wait(self._output.heartbeat):
             try:
                 found = read_lease(self._output)
                 if found is None or found.owner != self._lease.owner:
@@ -155,5 +157,5 @@ def _locked(output: OutputStore, other: Lease) -> OutputLocked:
     return OutputLocked(
         f"Another run is writing {output.root}.",
         f"process {other.process} on {other.host}, last heard of {age:.0f} s ago",
-        fix=f"wait for it, or stop it; a dead run's hold ends after {EXPIRES:.0f} s",
+        fix=f"wait for it, or stop it; a dead run's hold ends after {other.expires:.0f} s",
     )

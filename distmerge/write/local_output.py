@@ -21,8 +21,17 @@ _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp$")
 class LocalOutput:
     """Writes below one directory, which is made when the first file is."""
 
+    heartbeat = 10.0
+    spools = False
+
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = os.path.abspath(root)
+
+    def begin(self, digest: str) -> None:
+        """Nothing to do: merges are told apart by their receipts."""
+
+    def publish(self, title: str, text: str) -> None:
+        """Nothing to do: what is written is there."""
 
     def is_file(self) -> bool:
         """Whether the root is a file instead of a directory."""
@@ -103,6 +112,11 @@ class LocalOutput:
         while not place.exists() and place != place.parent:
             place = place.parent
         return shutil.disk_usage(place).free
+
+    def remove_below(self, folder: str) -> None:
+        """Remove every file below a folder."""
+        for path in self.list(folder):
+            self.delete(path)
 
     def remove_temporaries(self) -> int:
         """Delete what killed runs left behind and say how many files that was.

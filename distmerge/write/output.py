@@ -14,9 +14,14 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|[a-z0-9]+::")
 
 
 def open_output(
-    url: str | os.PathLike[str], storage_options: StorageOptions | None = None
+    url: str | os.PathLike[str],
+    storage_options: StorageOptions | None = None,
+    *,
+    pull_request: bool = False,
 ) -> OutputStore:
-    """Where to write: a local directory, file:// or any fsspec URL. Writes nothing yet.
+    """Where to write: a local directory, file://, any fsspec URL, hf://. Writes nothing yet.
+
+    pull_request: on the Hub, propose what was written instead of putting it in place.
 
     Raises OutputError for what can't be written to.
     """
@@ -24,10 +29,14 @@ def open_output(
     if not text.strip():
         raise OutputError("The output needs a name.", fix="give a directory or a URL")
     if text.startswith(HUB_SCHEME):
-        repo = text.removeprefix(HUB_SCHEME)
+        from distmerge.write.hub_output import HubOutput
+
+        return HubOutput(text, storage_options, pull_request=pull_request)
+    if pull_request:
         raise OutputError(
-            f"{text} can't be written: outputs are local directories and fsspec URLs.",
-            fix=f"write to a directory DIR, then: hf upload {repo} DIR",
+            "A pull request needs an output on the Hub.",
+            f"this one is {redact(text)}",
+            fix=f"write to {HUB_SCHEME}org/name, or leave --pr out",
         )
     if text.startswith("file://"):
         return LocalOutput(local_path(text))

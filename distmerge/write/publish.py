@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from distmerge.checkpoints.location import local_path
@@ -86,19 +86,26 @@ def check_free(output: OutputStore, found: Published, *, overwrite: bool) -> Non
     )
 
 
-def check_room(output: OutputStore, nbytes: int) -> None:
-    """Raises OutputError if the output won't fit. Weights that are there already are either
-    part of it or go before it is written."""
+def check_room(output: OutputStore, shards: Sequence[int], writers: int) -> None:
+    """Raises OutputError if shards of so many bytes won't fit. Weights that are there already are
+    either part of the output or go before it is written. Where shards only wait on their way, it
+    is one for each writer."""
     free = output.free_bytes()
     if free is None:
         return
-    free += sum(info.size for path, info in output.list().items() if _WEIGHTS.search(path))
+    if output.spools:
+        nbytes, place = sum(sorted(shards)[-writers:]), "The temporary folder"
+    else:
+        nbytes, place = sum(shards), output.root
+        free += sum(info.size for path, info in output.list().items() if _WEIGHTS.search(path))
     if nbytes > free:
         raise OutputError(
-            f"{output.root} has no room for this merge.",
+            f"{place} has no room for this merge.",
             f"needed {nbytes / 1e9:.2f} GB",
             f"free   {free / 1e9:.2f} GB",
-            fix="free some, choose another disk, or --out-dtype bfloat16",
+            fix="point TMPDIR at another disk, or choose a smaller --max-shard-size"
+            if output.spools
+            else "free some, choose another disk, or --out-dtype bfloat16",
         )
 
 
@@ -131,9 +138,13 @@ def publish(
     manifest: Manifest,
     index: bytes | None,
     staged: str | None,
-) -> None:
+    text: str = "",
+) -> str | None:
     """Write the small files, the manifest and, last, what makes the model load: the index over
-    shards that lie in place already, or the lone shard that waits at `staged`."""
+    shards that lie in place already, or the lone shard that waits at `staged`.
+
+    Returns the URL to read it from, if that isn't the output's own.
+    """
     for path, data in files.items():
         output.write_bytes(path, data)
     output.write_bytes(MANIFEST_FILE, manifest.to_json())
@@ -141,9 +152,9 @@ def publish(
         output.move(staged, SINGLE_FILE)
     if index is not None:
         output.write_bytes(INDEX_FILE, index)
+    return output.publish("Merge by distmerge", text)
 
 
 def clean_staging(output: OutputStore) -> None:
     """Remove receipts and whatever else belonged to the run rather than to its result."""
-    for path in output.list(f"{STAGING}/"):
-        output.delete(path)
+    output.remove_below(f"{STAGING}/")

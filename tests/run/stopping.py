@@ -14,13 +14,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distmerge.write import fsspec_output, fsspec_pending, local_output
+from distmerge.write import (
+    fsspec_output,
+    fsspec_pending,
+    hub_output,
+    hub_repository,
+    local_output,
+)
 
 CLASSES = {
     "LocalOutput": local_output.LocalOutput,
     "PendingLocalFile": local_output.PendingLocalFile,
     "FsspecOutput": fsspec_output.FsspecOutput,
     "PendingUpload": fsspec_pending.PendingUpload,
+    "HubOutput": hub_output.HubOutput,
+    "HubRepository": hub_repository.HubRepository,
 }
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["run.stopping", "distmerge.cli.app", "distmerge.run.merge"])
@@ -68,7 +76,7 @@ def _stop_at(call: str, path: str, nth: int, marker: Path) -> None:
     original = getattr(CLASSES[name], method)
     seen = 0
 
-    def stopping(self: Any, *args: Any) -> Any:
+    def stopping(self: Any, *args: Any, **named: Any) -> Any:
         nonlocal seen
         pending = getattr(self, "_path", None) or getattr(self, "_place", None)
         place = pending if name.startswith("Pending") else args[0]
@@ -76,6 +84,6 @@ def _stop_at(call: str, path: str, nth: int, marker: Path) -> None:
         if seen == nth:
             marker.write_text(place)
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(self, *args)
+        return original(self, *args, **named)
 
     setattr(CLASSES[name], method, stopping)

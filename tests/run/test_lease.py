@@ -187,7 +187,7 @@ def test_a_run_that_lost_its_lease_stops_and_touches_nothing_more(models, recipe
 
 
 def test_a_lease_is_renewed_while_it_is_held_and_gone_afterwards(tmp_path, monkeypatch):
-    monkeypatch.setattr(leases, "HEARTBEAT", 0.01)
+    monkeypatch.setattr(LocalOutput, "heartbeat", 0.01)
     output = LocalOutput(tmp_path)
     with lease(output) as held:
         first = read_lease(output)

@@ -127,6 +127,8 @@ class Repository:
     gated: bool = False
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
+    pull_requests: dict[str, str] = field(default_factory=dict)
+    """`refs/pr/1` and so on, and the commits they point to."""
 
     def commit_at(self, revision: str) -> Commit:
         """The commit that a branch name, a ref or a full commit id stands for.
@@ -135,7 +137,7 @@ class Repository:
             UnknownRevision: it stands for nothing here.
         """
         name = MAIN if revision == "HEAD" else revision.removeprefix("refs/heads/")
-        sha = self.branches.get(name, name)
+        sha = self.branches.get(name) or self.pull_requests.get(name, name)
         if sha not in self.commits:
             raise UnknownRevision(revision)
         return self.commits[sha]
@@ -147,8 +149,9 @@ class Repository:
         *,
         branch: str = MAIN,
         parent: str | None = None,
+        pull_request: bool = False,
     ) -> Commit:
-        """Apply changes (None removes a path) to a branch's head.
+        """Apply changes (None removes a path) to a branch's head, or propose that.
 
         Raises
             UnknownRevision: no such branch.
@@ -167,7 +170,10 @@ class Repository:
                 files.pop(path, None)
         commit = _seal(self.id, head, title, files)
         self.commits[commit.sha] = commit
-        self.branches[branch] = commit.sha
+        if pull_request:
+            self.pull_requests[f"refs/pr/{len(self.pull_requests) + 1}"] = commit.sha
+        else:
+            self.branches[branch] = commit.sha
         return commit
 
     def history(self, revision: str) -> list[Commit]:

@@ -167,15 +167,25 @@ async def create_commit(request: web.Request) -> web.Response:
     state, repo, branch = request.app[STATE], repository(request), request.match_info["revision"]
     if branch not in repo.branches:
         raise refusal(404, "RevisionNotFound", f"Invalid rev id: {branch}")
+    proposed = request.query.get("create_pr") == "1"
     lines = [json.loads(line) for line in (await request.read()).splitlines() if line.strip()]
     change = _read_change(lines, repo.commit_at(branch), state.blobs)
     try:
-        commit = repo.commit(change.files, change.title, branch=branch, parent=change.parent)
+        commit = repo.commit(
+            change.files,
+            change.title,
+            branch=branch,
+            parent=change.parent,
+            pull_request=proposed,
+        )
     except StaleParent:
         message = "A commit has happened since. Please refresh and try again."
         raise refusal(412, "", message) from None
     url = f"{state.endpoint}/{repo.id}/commit/{commit.sha}"
     answer = {"success": True, "commitOid": commit.sha, "commitUrl": url, "hookOutput": ""}
+    if proposed:
+        number = len(repo.pull_requests)
+        answer["pullRequestUrl"] = f"{state.endpoint}/{repo.id}/discussions/{number}"
     return web.json_response(answer)
 
 

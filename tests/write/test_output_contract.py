@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import fsspec
@@ -16,6 +18,7 @@ from distmerge.checkpoints.retry import RetryPolicy
 from distmerge.errors import OutputError
 from distmerge.write import fsspec_pending, local_output
 from distmerge.write.fsspec_output import FsspecOutput
+from distmerge.write.hub_output import HubOutput
 from distmerge.write.output import open_output
 
 QUICK = RetryPolicy(attempts=3, base=0.01, cap=0.02)
@@ -52,7 +55,9 @@ class OutputContract:
 
     @pytest.fixture
     def output(self, url):
-        return open_output(url, self.options)
+        opened = open_output(url, self.options)
+        opened.begin("0123456789abcdef")
+        return opened
 
     @pytest.mark.parametrize("data", [b"", b"x", BIG[: PART - 1], BIG[:PART], BIG], ids=len)
     def test_a_file_appears_whole_at_commit_and_not_before(self, output, data):
@@ -132,6 +137,27 @@ class OutputContract:
         with pytest.raises(OutputError):
             output.move(".staged/model.safetensors", "model.safetensors")
         assert output.read_bytes("model.safetensors") == BIG
+
+    def test_a_folder_is_removed_with_all_that_is_below(self, output):
+        write(output, ".distmerge/abc/model.safetensors", BIG[:1000]).commit()
+        output.write_bytes(".distmerge/abc/model.safetensors.json", b"{}")
+        output.write_bytes(".distmerge/answers.json", b"{}")
+        output.write_bytes("config.json", b"{}")
+        output.remove_below(".distmerge/")
+        output.remove_below(".distmerge/")
+        assert set(output.list()) == {"config.json"}
+
+    def test_the_lease_is_a_file_like_any_other_but_for_listings(self, output):
+        assert not output.exists(".distmerge/lease.json")
+        for owner in (b"1", b"22"):
+            output.write_bytes(".distmerge/lease.json", owner)
+            assert output.read_bytes(".distmerge/lease.json") == owner
+        assert output.exists(".distmerge/lease.json")
+        output.delete(".distmerge/lease.json")
+        output.delete(".distmerge/lease.json")
+        assert not output.exists(".distmerge/lease.json")
+        with pytest.raises(FileNotFoundError):
+            output.read_bytes(".distmerge/lease.json")
 
     def test_two_attempts_at_one_file_do_not_meet(self, output):
         first = write(output, "model.safetensors", BIG[:1000])
@@ -314,11 +340,202 @@ class TestS3Output(OutputContract):
         assert self.raw_names() == set()
 
 
-def test_the_hub_is_not_written_to():
-    with pytest.raises(OutputError, match="fsspec URLs") as caught:
-        open_output("hf://org/name")
-    assert caught.value.fix is not None
-    assert "hf upload org/name" in caught.value.fix
+class TestHubOutput(OutputContract):
+    """What isn't published yet lies on a working branch and in memory."""
+
+    @pytest.fixture
+    def url(self, hub, tmp_path, monkeypatch):
+        (tmp_path / "tmp").mkdir()
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+        monkeypatch.setenv("HF_TOKEN", hub.token)
+        self.hub, self.space = hub, tmp_path / "tmp"
+        self.repo = f"org/out-{uuid.uuid4().hex[:8]}"
+        yield f"hf://{self.repo}"
+        with suppress(KeyError):
+            hub.remove_repo(self.repo)
+
+    @pytest.fixture
+    def output(self, url):
+        self.output = HubOutput(url, policy=QUICK)
+        self.output.begin("0123456789abcdef")
+        return self.output
+
+    def raw_names(self):
+        return {*self.output.list(), *(path.name for path in self.space.iterdir())}
+
+    def published(self):
+        return {k: v for k, v in self.hub.files(self.repo).items() if k != ".gitattributes"}
+
+    def test_nothing_is_on_the_target_before_one_commit_puts_all_there(self, output):
+        output.write_bytes("old.txt", b"1")
+        output.write_bytes("model.safetensors.index.json", b"{}")
+        write(output, "model-1.safetensors", BIG).commit()
+        output.publish("first", "")
+        assert set(self.published()) == {
+            "model-1.safetensors",
+            "model.safetensors.index.json",
+            "old.txt",
+        }
+        before = self.hub.branches(self.repo)["main"]
+
+        output = HubOutput(f"hf://{self.repo}", policy=QUICK)
+        output.begin("fedcba9876543210")
+        output.delete("model.safetensors.index.json")
+        output.delete("model-1.safetensors")
+        write(output, "model-2.safetensors", BIG[::-1]).commit()
+        output.write_bytes(".distmerge/fedcba9876543210/model-2.safetensors.json", b"{}")
+        output.write_bytes("config.json", b"{}")
+        write(output, "tokenizer.json", b"[]").commit()
+        output.write_bytes("model.safetensors.index.json", b"{ }")
+        assert set(output.list()) == {
+            ".distmerge/fedcba9876543210/model-2.safetensors.json",
+            "config.json",
+            "model-2.safetensors",
+            "model.safetensors.index.json",
+            "old.txt",
+            "tokenizer.json",
+        }
+        assert self.hub.branches(self.repo)["main"] == before
+        with self.hub.recording() as seen:
+            assert output.publish("second", "text") == f"hf://{self.repo}"
+        assert "PUT" not in [request.method for request in seen]  # copies on the server
+        assert sum(r.path.endswith("/commit/main") for r in seen) == 1
+        assert self.published() == {
+            "config.json": b"{}",
+            "model-2.safetensors": BIG[::-1],
+            "model.safetensors.index.json": b"{ }",
+            "old.txt": b"1",
+            "tokenizer.json": b"[]",
+        }
+        output.remove_below(".distmerge/")
+        assert set(self.hub.branches(self.repo)) == {
+            "main",
+            "distmerge-0123456789abcdef",
+        }
+        assert output.remove_temporaries() == 1
+        assert set(self.hub.branches(self.repo)) == {"main"}
+
+    def test_another_machine_sees_what_this_one_has_finished(self, output):
+        path = ".distmerge/0123456789abcdef/model-1.safetensors.json"
+        write(output, "model-1.safetensors", BIG).commit()
+        with self.hub.recording() as seen:
+            output.write_bytes(path, b"{}")
+        assert sum("/commit/" in r.path for r in seen) == 1  # the shard with its receipt
+        other = HubOutput(f"hf://{self.repo}", policy=QUICK)
+        assert set(other.list()) == set()
+        other.begin("0123456789abcdef")
+        assert set(other.list()) == {"model-1.safetensors", path}
+        assert other.read_bytes("model-1.safetensors") == BIG
+        other.publish("published elsewhere", "")
+        assert set(self.published()) == {"model-1.safetensors"}
+
+    def test_a_repository_is_made_private(self, output):
+        from huggingface_hub import HfApi
+
+        output.write_bytes(".distmerge/lease.json", b"{}")
+        assert HfApi(token=self.hub.token).model_info(self.repo).private
+        assert self.published() == {}
+
+    def test_a_branch_is_made_with_nothing_but_the_output(self, output, hub):
+        hub.add_repo(self.repo, self.space)
+        hub.commit(self.repo, {".gitattributes": b"*.safetensors filter=lfs"})
+        hub.commit(self.repo, {"model.safetensors": b"another model"})
+        output = HubOutput(f"hf://{self.repo}@dev", policy=QUICK)
+        output.begin("0123456789abcdef")
+        assert output.list() == {}
+        output.write_bytes("config.json", b"{}")
+        write(output, "model.safetensors", BIG).commit()
+        assert output.publish("on a branch", "") == f"hf://{self.repo}@dev"
+        files = hub.files(self.repo, "dev")
+        assert files["model.safetensors"] == BIG
+        assert set(files) - {".gitattributes"} == {"config.json", "model.safetensors"}
+        assert self.published() == {"model.safetensors": b"another model"}
+
+    def test_a_pull_request_leaves_the_target_alone(self, url, hub):
+        hub.add_repo(self.repo, self.space)
+        hub.commit(self.repo, {"model.safetensors": b"old", "README.md": b"mine"})
+        output = open_output(url, pull_request=True)
+        output.begin("0123456789abcdef")
+        output.delete("model.safetensors")
+        write(output, "model-1.safetensors", BIG).commit()
+        assert output.publish("proposed", "") == f"hf://{self.repo}@refs/pr/1"
+        assert self.published() == {"model.safetensors": b"old", "README.md": b"mine"}
+        proposed = {"model-1.safetensors": BIG, "README.md": b"mine"}
+        assert hub.files(self.repo, "refs/pr/1") == proposed
+
+    @pytest.mark.parametrize("too_late", [False, True])
+    @pytest.mark.parametrize(
+        "path",
+        ["/commit/distmerge", "/commit/main", "/branch/", "lfs/objects", "/uploads/", "tree"],
+    )
+    def test_a_passing_fault_does_no_harm(self, output, hub, path, too_late):
+        hub.add_repo(self.repo, self.space)
+        hub.commit(self.repo, {"old.txt": b"old"})
+        output.delete("old.txt")
+        self.hub.fail(503, path, too_late=too_late)
+        write(output, ".distmerge/model.safetensors", BIG).commit()
+        output.write_bytes(".distmerge/receipt.json", b"{}")
+        output.write_bytes("config.json", b"{}")
+        output.move(".distmerge/model.safetensors", "model.safetensors")
+        output.publish("through", "")
+        output.remove_below(".distmerge/")
+        assert self.published() == {"config.json": b"{}", "model.safetensors": BIG}
+        assert set(self.hub.branches(self.repo)) == {"main"}
+        assert list(self.space.iterdir()) == []
+
+    def test_commits_of_workers_that_meet_are_repeated(self, output):
+        self.hub.fail(412, "/commit/distmerge", times=2)
+        output.write_bytes(".distmerge/receipt.json", b"{}")
+        assert output.read_bytes(".distmerge/receipt.json") == b"{}"
+
+    @pytest.mark.parametrize("token", ["hf_read_token", "hf_no_such_token", ""])
+    def test_who_may_not_write_is_told_so(self, url, token, monkeypatch):
+        monkeypatch.setenv("HF_TOKEN", token)
+        output = open_output(url)
+        with pytest.raises(OutputError, match="may not write") as caught:
+            output.write_bytes(".distmerge/lease.json", b"")
+        assert "HF_TOKEN" in str(caught.value)
+        assert not token or token not in str(caught.value)
+
+    def test_a_token_may_be_given_for_the_hub_alone(self, url, hub, monkeypatch):
+        monkeypatch.delenv("HF_TOKEN")
+        open_output(url, {"hf://": {"token": hub.token}}).write_bytes(".distmerge/lease.json", b"")
+        with pytest.raises(OutputError, match="may not write"):
+            open_output(url, {"token": hub.token}).write_bytes(".distmerge/lease.json", b"")
+
+    def test_temporary_space_of_the_dead_is_freed_and_of_the_living_is_not(self, output):
+        alive = write(output, "model.safetensors", BIG)
+        pid = os.fork()
+        if pid == 0:
+            kept = write(output, "other.safetensors", BIG)
+            assert kept
+            os._exit(0)
+        os.waitpid(pid, 0)
+        assert len(list(self.space.iterdir())) == 2
+        assert output.remove_temporaries() == 1
+        alive.commit()
+        assert output.read_bytes("model.safetensors") == BIG
+        assert list(self.space.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "hf://org/name/folder",
+            "hf://name",
+            "hf://org/name@refs/pr/1",
+            "hf://org/name@distmerge-lease",
+            f"hf://org/name@{'0' * 40}",
+        ],
+    )
+    def test_places_that_are_no_output(self, name):
+        with pytest.raises(OutputError, match="can't be written"):
+            open_output(name)
+
+
+@pytest.mark.parametrize("out", ["hf://org/name@dev", "s3://bucket/x", "here"])
+def test_pull_requests_are_the_main_branchs(out):
+    with pytest.raises(OutputError, match="pull request"):
+        open_output(out, pull_request=True)
 
 
 @pytest.mark.parametrize("url", ["", "s3://key:secret@bucket/x", "nosuchscheme://x"])
