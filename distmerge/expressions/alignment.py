@@ -1,9 +1,12 @@
-"""The leaves of an expression under one spelling of their keys: that of the base."""
+"""The leaves of an expression under one spelling of their keys: that of the base.
+
+A leaf that is seen through moves (`Renumber`) is there once for each way in which it is seen.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +16,15 @@ from torch import Tensor
 from distmerge.checkpoints.names import buffers, match_names
 from distmerge.checkpoints.tensors import TensorInfo
 from distmerge.errors import DtypeMismatch
-from distmerge.expressions.nodes import Expression, Leaf, TensorLeaf, leaves
+from distmerge.expressions.layers import Path, in_layer_order, outer_key
+from distmerge.expressions.nodes import (
+    Expression,
+    Leaf,
+    Renumber,
+    TensorLeaf,
+    children,
+    leaves,
+)
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -56,11 +67,17 @@ class Inputs:
     skipped: Sequence[Skipped] = field(default=())
     own_keys: Sequence[Mapping[str, str]] = ()
     """For each leaf, output key -> its own spelling, where they differ."""
+    paths: Sequence[Path] = ()
+    """For each leaf, how it is seen from outside; empty where none is moved."""
+    aligned: Mapping[Leaf | TensorLeaf, Mapping[str, str]] = field(default_factory=dict)
+    """For each distinct leaf, every key under the base's spelling -> its own spelling, as long
+    as nothing moves it."""
 
     @cached_property
     def keys(self) -> list[str]:
         """The ordered union of all keys, the base's first."""
-        return list(dict.fromkeys(key for tensors in self.tensors for key in tensors))
+        union = dict.fromkeys(key for tensors in self.tensors for key in tensors)
+        return in_layer_order(union) if any(self.paths) else list(union)
 
     def spec(self, leaf: int, key: str) -> tuple[str, tuple[int, ...]]:
         """safetensors' dtype name and the shape of a tensor.
@@ -97,7 +114,9 @@ def align(root: Expression, base: Leaf | None = None) -> Inputs:
     """
     found = leaves(root)
     if not any(isinstance(leaf, Leaf) for leaf in found):
-        return Inputs(found, [leaf.tensors for leaf in found if isinstance(leaf, TensorLeaf)])
+        dicts = [leaf.tensors for leaf in found if isinstance(leaf, TensorLeaf)]
+        own = {leaf: {key: key for key in held} for leaf, held in zip(found, dicts, strict=True)}
+        return _placed(root, Inputs(found, dicts, aligned=own))
     if base is not None and base in found:
         found = [base, *(leaf for leaf in found if leaf != base)]
     reference = found[0]
@@ -112,21 +131,70 @@ def align(root: Expression, base: Leaf | None = None) -> Inputs:
     mappings: list[str] = []
     own_keys: list[Mapping[str, str]] = [{}]
     for leaf in found[1:]:
-        own = _tensors(leaf)
+        held = _tensors(leaf)
         match = match_names(
             tensors[0],
-            own,
+            held,
             base_config=_config(reference),
             other_config=_config(leaf),
             base_aliases=_aliases(reference),
             other_aliases=_aliases(leaf),
         )
         spelling = match.own
-        tensors.append({key: own[name] for key, name in spelling.items()})
+        tensors.append({key: held[name] for key, name in spelling.items()})
         own_keys.append({key: name for key, name in spelling.items() if key != name})
         mappings += [f"{leaf}: {sentence}" for sentence in match.mappings]
         skipped += [Skipped(str(leaf), key, reason) for key, reason in match.skipped.items()]
-    return Inputs(found, tensors, mappings, skipped, own_keys)
+    aligned = {
+        leaf: {key: renamed.get(key, key) for key in held}
+        for leaf, held, renamed in zip(found, tensors, own_keys, strict=True)
+    }
+    return _placed(root, Inputs(found, tensors, mappings, skipped, own_keys, aligned=aligned))
+
+
+def placements(root: Expression) -> list[tuple[Leaf | TensorLeaf, Path]]:
+    """Every leaf and every way in which it is seen, in the order in which they are first met."""
+    found: dict[tuple[Leaf | TensorLeaf, Path], None] = {}
+    seen: set[tuple[int, Path]] = set()
+    stack: list[tuple[Expression, Path]] = [(root, ())]
+    while stack:
+        node, path = stack.pop()
+        if (id(node), path) in seen:
+            continue
+        seen.add((id(node), path))
+        if isinstance(node, Leaf | TensorLeaf):
+            found.setdefault((node, path))
+        below = (*path, node.move) if isinstance(node, Renumber) else path
+        stack.extend(reversed([(child, below) for child in children(node)]))
+    return list(found)
+
+
+def _placed(root: Expression, inputs: Inputs) -> Inputs:
+    """The inputs with a leaf for each way in which one is seen."""
+    placed = placements(root)
+    if not any(path for _, path in placed):
+        return inputs
+    index = {leaf: i for i, leaf in enumerate(inputs.leaves)}
+    placed.sort(key=lambda at: index[at[0]])
+    tensors, own_keys = [], []
+    for leaf, path in placed:
+        held, own = inputs.tensors[index[leaf]], inputs.aligned[leaf]
+        outside = {key: outer_key(path, key) for key in held}
+        tensors.append({outer: held[key] for key, outer in outside.items() if outer is not None})
+        own_keys.append(
+            {
+                outer: own[key]
+                for key, outer in outside.items()
+                if outer is not None and outer != own[key]
+            }
+        )
+    return replace(
+        inputs,
+        leaves=[leaf for leaf, _ in placed],
+        tensors=tensors,
+        own_keys=own_keys,
+        paths=[path for _, path in placed],
+    )
 
 
 def _tensors(leaf: Leaf | TensorLeaf) -> Mapping[str, Any]:

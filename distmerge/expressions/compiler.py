@@ -11,20 +11,27 @@ from collections.abc import Mapping, Sequence
 from distmerge.checkpoints.tensors import FLOAT_DTYPES
 from distmerge.errors import RecipeError
 from distmerge.expressions.alignment import Inputs
+from distmerge.expressions.layers import Path
 from distmerge.expressions.node_parameters import NodeParameters
 from distmerge.expressions.nodes import (
     Apply,
     Binary,
+    Branch,
     Expression,
     Leaf,
     OnUnequal,
+    Renumber,
     Select,
+    Stack,
     TensorLeaf,
     walk,
 )
 from distmerge.expressions.problems import Problems
 from distmerge.expressions.program import Call, Compute, Program, Read, Same, Step, needed
-from distmerge.methods.parameters import Layers
+from distmerge.expressions.scopes import Scope, Scopes, check_moves
+
+_Done = dict[tuple[int, int], int | None]
+"""By the identities of a node and of the scope it is built in, its step."""
 
 
 class Compiler:
@@ -37,10 +44,14 @@ class Compiler:
         self.on_unequal = on_unequal
         self.inputs = inputs
         self.problems = Problems()
-        self.parameters = NodeParameters(Layers.of(inputs.keys))
-        self._leaf_index = {leaf: i for i, leaf in enumerate(inputs.leaves)}
+        self.parameters = NodeParameters()
+        self.scopes = Scopes(inputs)
+        paths: Sequence[Path] = inputs.paths or [()] * len(inputs.leaves)
+        places = zip(inputs.leaves, paths, strict=True)
+        self._leaf_index = {place: i for i, place in enumerate(places)}
         self._ordinals = _ordinals(root)
         self._merging = True
+        check_moves(root, self.scopes)
 
     def program(self, key: str) -> Program | None:
         """The key's program; None if policy leaves the key out. Notes problems, raises none."""
@@ -67,7 +78,7 @@ class Compiler:
         """The steps that the key needs; copying ones have no parameters."""
         self._merging = merging
         steps: list[Step] = []
-        root = self._build(self.root, key, steps, {})
+        root = self._build(self.root, self.scopes.root(self.root, key), steps, {})
         return [] if root is None else needed(steps, root)
 
     def _check_shapes(self, key: str, specs: Mapping[int, tuple[str, tuple[int, ...]]]) -> None:
@@ -78,30 +89,41 @@ class Compiler:
             ]
 
     def _build(
-        self, node: Expression, key: str, steps: list[Step], done: dict[int, int | None]
+        self, node: Expression, scope: Scope | None, steps: list[Step], done: _Done
     ) -> int | None:
-        if id(node) not in done:
-            done[id(node)] = self._build_new(node, key, steps, done)
-        return done[id(node)]
+        if scope is None:
+            return None
+        place = id(node), id(scope)
+        if place not in done:
+            done[place] = self._build_new(node, scope, steps, done)
+        return done[place]
 
     def _build_new(
-        self, node: Expression, key: str, steps: list[Step], done: dict[int, int | None]
+        self, node: Expression, scope: Scope, steps: list[Step], done: _Done
     ) -> int | None:
         if isinstance(node, Leaf | TensorLeaf):
-            leaf = self._leaf_index[node]
-            return _add(steps, Read(leaf)) if key in self.inputs.tensors[leaf] else None
+            leaf = self._leaf_index[node, scope.path]
+            return _add(steps, Read(leaf)) if scope.output in self.inputs.tensors[leaf] else None
         if isinstance(node, Binary):
-            return self._build_binary(node, key, steps, done)
+            return self._build_binary(node, scope, steps, done)
         if isinstance(node, Select):
-            return self._build(node.child, key, steps, done) if key in node.keys else None
-        return self._build_apply(node, key, steps, done)
+            return self._build(node.child, scope, steps, done) if scope.key in node.keys else None
+        if isinstance(node, Renumber):
+            return self._build(node.child, self.scopes.inside(node, scope), steps, done)
+        if isinstance(node, Stack | Branch):
+            part = node.part_of(scope.key)
+            if part is None:
+                return None
+            inside = self.scopes.part(node, part, scope) if isinstance(node, Stack) else scope
+            return self._build(node.parts[part], inside, steps, done)
+        return self._build_apply(node, scope, steps, done)
 
     def _build_binary(
-        self, node: Binary, key: str, steps: list[Step], done: dict[int, int | None]
+        self, node: Binary, scope: Scope, steps: list[Step], done: _Done
     ) -> int | None:
         numbers = [side for side in (node.left, node.right) if isinstance(side, int | float)]
         built = [
-            self._build(side, key, steps, done)
+            self._build(side, scope, steps, done)
             for side in (node.left, node.right)
             if not isinstance(side, int | float)
         ]
@@ -114,34 +136,32 @@ class Compiler:
         if None in built:
             if node.on_missing == "error" and built != [None, None]:
                 lacking = node.left if built[0] is None else node.right
-                self.problems.missing.setdefault(key, f"not in {lacking}")
+                self.problems.missing.setdefault(scope.output, f"not in {lacking}")
             return None
         return _add(steps, Compute(node.operator, built[0], built[1]))
 
-    def _build_apply(
-        self, node: Apply, key: str, steps: list[Step], done: dict[int, int | None]
-    ) -> int | None:
-        base = None if node.base is None else self._build(node.base, key, steps, done)
+    def _build_apply(self, node: Apply, scope: Scope, steps: list[Step], done: _Done) -> int | None:
+        base = None if node.base is None else self._build(node.base, scope, steps, done)
         built = [
-            (name, [self._build(m, key, steps, done) for m in members])
+            (name, [self._build(m, scope, steps, done) for m in members])
             for name, members in node.inputs
         ]
         present = [step for step in built[0][1] if step is not None]
-        if passes(key, node.passthrough):
+        if passes(scope.key, node.passthrough):
             # The base was not trained on what the heads are for: it counts only if alone.
             apart = node.base_index if node.base_listed else None
             trained = [s for i, s in enumerate(built[0][1]) if s is not None and i != apart]
             alone = present if base is None else [base]
-            return self._average(node, key, steps, trained or alone)
+            return self._average(steps, trained or alone)
         everywhere = all(step is not None for _, members in built for step in members)
         if everywhere and (node.base is None or base is not None):
             inputs = tuple((n, tuple(s for s in members if s is not None)) for n, members in built)
-            parameters = self.parameters.of(node, key) if self._merging else {}
-            call = Call(
-                self._ordinals[id(node)], node.method, inputs, base, node.base_index, parameters
-            )
+            given = self.parameters.of(node, scope.key, scope.layers) if self._merging else {}
+            own_key = None if scope.key == scope.output else scope.key
+            ordinal = self._ordinals[id(node)]
+            call = Call(ordinal, node.method, inputs, base, node.base_index, given, own_key)
             return _add(steps, call)
-        return self._missing(node, key, steps, base, present, built)
+        return self._missing(node, scope.output, steps, base, present, built)
 
     def _missing(
         self,
@@ -157,7 +177,7 @@ class Compiler:
         if node.on_missing == "base":
             return base if node.base is not None else built[0][1][node.base_index or 0]
         if node.on_missing == "average":
-            return self._average(node, key, steps, present or [base])  # type: ignore[list-item]
+            return self._average(steps, present or [base])  # type: ignore[list-item]
         if node.on_missing == "error":
             lacking = [
                 str(child)
@@ -169,7 +189,7 @@ class Compiler:
             self.problems.missing.setdefault(key, "not in " + ", ".join(lacking))
         return None
 
-    def _average(self, node: Apply, key: str, steps: list[Step], have: list[int]) -> int | None:
+    def _average(self, steps: list[Step], have: list[int]) -> int | None:
         if not have:
             return None
         result = have[0]

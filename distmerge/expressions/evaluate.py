@@ -78,7 +78,7 @@ class Evaluation:
         self._dialogues = {
             i: Dialogue(
                 s,
-                program.key,
+                s.key or program.key,
                 seed,
                 model_answers or {},
                 1 if i in self._gatherings else len(self.grid),
@@ -186,13 +186,14 @@ class Evaluation:
         remaining = iter(tensors)
         base = next(remaining) if step.base is not None else None
         inputs = {name: [next(remaining) for _ in places] for name, places in step.inputs}
+        key = step.key or self.program.key
         return step.method.invoke(
             inputs,
             base,
             step.parameters,
-            layer_name=self.program.key,
+            layer_name=key,
             base_index=step.base_index,
-            draw=Draw(self.seed, (step.node, self.program.key), start),
+            draw=Draw(self.seed, (step.node, key), start),
         )
 
     def _checked(self, step: Call, outcome: Any, like: Tensor) -> Tensor:

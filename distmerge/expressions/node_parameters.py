@@ -14,13 +14,13 @@ from distmerge.methods.parameters import NO_MATCH, Layers, resolve
 class NodeParameters:
     """Resolves parameters; what doesn't differ by key is resolved once."""
 
-    def __init__(self, layers: Layers) -> None:
-        self.layers = layers
+    def __init__(self) -> None:
         self._constant: dict[int, Mapping[str, Any]] = {}
         self._checked: dict[tuple[int, str, type, Any], Any] = {}
 
-    def of(self, node: Apply, key: str) -> Mapping[str, Any]:
-        """By name; lists, one value for each model, for per-model parameters.
+    def of(self, node: Apply, key: str, layers: Layers) -> Mapping[str, Any]:
+        """By name; lists, one value for each model, for per-model parameters. Gradients run over
+        `layers`.
 
         Raises
             ParameterError: one is missing, of the wrong type or out of range.
@@ -30,17 +30,19 @@ class NodeParameters:
             return constant
         given = dict(node.parameters)
         resolved = {
-            name: self._parameter(node, name, given, key) for name in node.method.parameters
+            name: self._parameter(node, name, given, key, layers) for name in node.method.parameters
         }
         for name in given.keys() - resolved.keys():  # a method that takes **kw
-            value = _resolve_all(given[name], key, self.layers)
+            value = _resolve_all(given[name], key, layers)
             if value is not NO_MATCH:
                 resolved[name] = value
         if not any(_varies(value) for value in given.values()):
             self._constant[id(node)] = resolved
         return resolved
 
-    def _parameter(self, node: Apply, name: str, given: Mapping[str, Any], key: str) -> Any:
+    def _parameter(
+        self, node: Apply, name: str, given: Mapping[str, Any], key: str, layers: Layers
+    ) -> Any:
         declared = node.method.parameters[name]
         count = len(node.models)
         if name not in given:
@@ -48,14 +50,14 @@ class NodeParameters:
             return [default] * count if declared.per_model else default
         value = given[name]
         if not declared.per_model:
-            return self._checked_value(node, name, resolve(value, key, self.layers), key)
+            return self._checked_value(node, name, resolve(value, key, layers), key)
         values = value if isinstance(value, tuple) else (value,) * count
         if len(values) != count:
             raise ParameterError(
                 f"{node.method.name}: {name} has {len(values)} values for {count} models.",
                 fix="give one for each model, the base not counted",
             )
-        return [self._checked_value(node, name, resolve(v, key, self.layers), key) for v in values]
+        return [self._checked_value(node, name, resolve(v, key, layers), key) for v in values]
 
     def _checked_value(self, node: Apply, name: str, value: Any, key: str) -> Any:
         declared = node.method.parameters[name]

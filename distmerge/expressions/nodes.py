@@ -1,8 +1,8 @@
 """The expression tree: what a merge computes, without any data.
 
 Leaves are checkpoints, or state dicts in memory; inner nodes apply a merge method, or one of the
-four operators, to their children. A tree is immutable, hashable and picklable, and prints as its
-own formula.
+four operators, to their children, or present them under other keys. A tree is immutable, hashable
+and picklable, and prints as its own formula.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Literal
 
 from torch import Tensor
 
 from distmerge.checkpoints.tensors import Checkpoint
+from distmerge.expressions.layers import Move, comes_before
 from distmerge.methods.method import MergeMethod
+from distmerge.methods.parameters import layer_of
 
 Operator = Literal["+", "-", "*", "/"]
 OnUnequal = Literal["error", "base"]
@@ -145,7 +148,67 @@ class Select:
         return f"{self.child}[{len(self.keys)} keys]"
 
 
-Expression = Leaf | TensorLeaf | Binary | Apply | Select
+@dataclass(frozen=True)
+class Renumber:
+    """Some layers of an expression under other numbers; what is in no layer keeps its key."""
+
+    child: Expression
+    move: Move
+
+    def __str__(self) -> str:
+        return f"{self.child}[{self.move.start}:{self.move.stop}]"
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers of several expressions, one above the other.
+
+    Each part gives the layers that are its own, numbered as the output numbers them. What comes
+    before the layers is the first part's, what comes after them the last's.
+    """
+
+    parts: tuple[Expression, ...]
+    family: str
+    """Whose numbers count, as in `Layers`."""
+    counts: tuple[int, ...]
+    """How many layers each part gives."""
+
+    def part_of(self, key: str) -> int | None:
+        """Which part gives a key; None for a layer that no part gives."""
+        found = layer_of(key)
+        if found is None or found[0] != self.family:
+            return 0 if comes_before(key, self.family) else len(self.parts) - 1
+        return next((i for i, span in enumerate(self.spans) if found[1] in span), None)
+
+    @property
+    def spans(self) -> list[range]:
+        """The layers that each part gives."""
+        ends = list(accumulate(self.counts))
+        return [range(end - count, end) for end, count in zip(ends, self.counts, strict=True)]
+
+    def __str__(self) -> str:
+        return f"stack({', '.join(map(str, self.parts))})"
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Each module of the model from an expression of its own."""
+
+    parts: tuple[Expression, ...]
+    prefixes: tuple[tuple[str, ...], ...]
+    """For each part, how its keys begin; the longest that fits counts, and "" fits every key."""
+
+    def part_of(self, key: str) -> int | None:
+        """Which part gives a key; None if none does."""
+        fits = [(len(p), -i) for i, ps in enumerate(self.prefixes) for p in ps if key.startswith(p)]
+        return -max(fits)[1] if fits else None
+
+    def __str__(self) -> str:
+        pairs = zip(self.prefixes, self.parts, strict=True)
+        return f"modules({', '.join(f'{ps[0]}*={part}' for ps, part in pairs)})"
+
+
+Expression = Leaf | TensorLeaf | Binary | Apply | Select | Renumber | Stack | Branch
 
 
 def children(node: Expression) -> Iterator[Expression]:
@@ -157,8 +220,10 @@ def children(node: Expression) -> Iterator[Expression]:
             yield node.base
         for _, members in node.inputs:
             yield from members
-    elif isinstance(node, Select):
+    elif isinstance(node, Select | Renumber):
         yield node.child
+    elif isinstance(node, Stack | Branch):
+        yield from node.parts
 
 
 def leaves(root: Expression) -> list[Leaf | TensorLeaf]:

@@ -38,6 +38,9 @@ class Call:
     base: int | None
     base_index: int | None
     parameters: Mapping[str, Any]
+    key: str | None = None
+    """What the node itself calls the key, if that isn't the output's name for it: what random
+    numbers are drawn for, and what the method is told."""
 
     def sees(self, shape: tuple[int, ...]) -> Granularity:
         """What the method must see at once of a tensor of this shape."""

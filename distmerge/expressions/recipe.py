@@ -5,7 +5,7 @@
 
 The language is mergekit's, as far as it is supported; keys of it that are not yet are refused by
 name. Ours besides: seed, over, config_from, on_missing, on_unequal, passthrough,
-storage_options.
+storage_options. A recipe of several documents is one merge, the others nested in it.
 """
 
 from __future__ import annotations
@@ -22,72 +22,45 @@ from pydantic import (
     Field,
     PrivateAttr,
     ValidationError,
-    model_validator,
 )
 
-from distmerge.checkpoints.location import redact
 from distmerge.checkpoints.storage_options import check_storage_options
 from distmerge.checkpoints.store import StorageOptions
 from distmerge.errors import DistmergeError, RecipeError
 from distmerge.expressions.dtypes import parse_dtype
 from distmerge.expressions.model_ref import ModelRef
 from distmerge.expressions.nodes import OnMissing, OnUnequal
+from distmerge.expressions.recipe_documents import arranged, unused
 from distmerge.expressions.recipe_keys import (
-    MERGEKIT_METHODS,
     Ignored,
+    check_forms,
     check_keys,
     refuse_soon,
 )
+from distmerge.expressions.recipe_mistakes import EXAMPLES, explained
+from distmerge.expressions.recipe_sources import (
+    Modules,
+    Parameters,
+    Part,
+    Slices,
+    Sources,
+    nothing_as,
+    parts_of,
+    with_inputs,
+)
 from distmerge.expressions.recipe_text import (
     Document,
-    apply_overrides,
-    dotted,
+    at_path,
     dump_text,
-    read_document,
+    override,
+    read_documents,
 )
 from distmerge.expressions.recipe_values import Values, read_values
+from distmerge.expressions.recipe_words import MERGEKIT_METHODS
 from distmerge.expressions.request import MergeRequest
+from distmerge.expressions.yaml_lines import KeyPath
 from distmerge.methods.method import MergeMethod
 from distmerge.methods.registry import find_method
-
-_EXAMPLES = {
-    "merge_method": "merge_method: linear",
-    "models": "models: [{model: org/name, parameters: {weight: 1.0}}]",
-    "model": "model: org/name, or model: {path: org/name, revision: main}",
-    "base_model": "base_model: org/name",
-    "config_from": "config_from: org/name",
-    "parameters": "parameters: {weight: 1.0}",
-    "dtype": "dtype: bfloat16",
-    "out_dtype": "out_dtype: bfloat16",
-    "seed": "seed: 0",
-    "over": "over: tensor, or over: model",
-    "on_missing": "on_missing: error, common, base or average",
-    "on_unequal": "on_unequal: error, or base",
-    "passthrough": "passthrough: [lm_head]",
-    "storage_options": "storage_options: {'s3://bucket/': {endpoint_url: ...}}",
-    "revision": "revision: 'main'; numbers need quotes",
-    "path": "path: 'org/name'; numbers need quotes",
-}
-
-
-def _nothing_as(empty: type[Any]) -> BeforeValidator:
-    return BeforeValidator(lambda given: empty() if given is None else given)
-
-
-class Source(BaseModel):
-    """One of the models to merge."""
-
-    model_config = ConfigDict(frozen=True)
-
-    model: ModelRef
-    parameters: Annotated[dict[str, Any], _nothing_as(dict)] = {}
-    inputs: dict[str, ModelRef] = {}
-    """Further checkpoints beside this model, for a method that takes them (fisher's)."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _unwrap(cls, given: Any) -> Any:
-        return {"model": given} if isinstance(given, str) else given
 
 
 class Recipe(BaseModel):
@@ -97,8 +70,12 @@ class Recipe(BaseModel):
 
     merge_method: str
     base_model: ModelRef | None = None
-    models: Annotated[tuple[Source, ...], _nothing_as(tuple)] = ()
-    parameters: Annotated[dict[str, Any], _nothing_as(dict)] = {}
+    name: str | None = None
+    """What other documents of the same recipe call this one."""
+    models: Sources = ()
+    slices: Slices = ()
+    modules: Modules = {}
+    parameters: Parameters = {}
     dtype: Annotated[str | None, BeforeValidator(lambda d: d and parse_dtype(d))] = None
     """safetensors' name. In mergekit also what is computed in; here that is float32."""
     out_dtype: Annotated[str | None, BeforeValidator(lambda d: d and parse_dtype(d))] = None
@@ -110,12 +87,14 @@ class Recipe(BaseModel):
     passthrough: Annotated[
         tuple[str, ...], BeforeValidator(lambda keys: [keys] if isinstance(keys, str) else keys)
     ] = ()
-    storage_options: Annotated[dict[str, Any], _nothing_as(dict)] = Field({}, repr=False)
+    storage_options: Annotated[dict[str, Any], nothing_as(dict)] = Field({}, repr=False)
 
     _document: Document = PrivateAttr(default_factory=Document)
     _method: MergeMethod | None = PrivateAttr(default=None)
     _ignored: tuple[Ignored, ...] = PrivateAttr(default=())
-    _levels: dict[int | None, Values] = PrivateAttr(default_factory=dict)
+    _levels: dict[KeyPath, Values] = PrivateAttr(default_factory=dict)
+    _named: Mapping[str, Recipe] = PrivateAttr(default_factory=dict)
+    _beside: tuple[str, ...] = PrivateAttr(default=())
 
     @property
     def document(self) -> Document:
@@ -135,7 +114,8 @@ class Recipe(BaseModel):
     @property
     def warnings(self) -> tuple[str, ...]:
         """Sentences, each with the line of a key that is ignored or given twice."""
-        return (*self._document.warnings, *(ignored.text for ignored in self._ignored))
+        ignored = (ignored.text for ignored in self._ignored)
+        return (*self._document.warnings, *ignored, *self._beside)
 
     @property
     def text(self) -> str:
@@ -148,13 +128,39 @@ class Recipe(BaseModel):
         hidden = {"storage_options", *ignored}
         return dump_text({k: v for k, v in kept.data.items() if k not in hidden})
 
-    def values(self, model: int | None = None) -> Values:
-        """Checked parameters: of the model at that place, or those that hold for all."""
-        if model not in self._levels:
-            path = ("parameters",) if model is None else ("models", model, "parameters")
-            given = self.parameters if model is None else self.models[model].parameters
-            self._levels[model] = read_values(given, path, self.method, self._document)
-        return self._levels[model]
+    @property
+    def nested(self) -> Mapping[str, Recipe]:
+        """The documents of the same recipe that this one names as models, by name."""
+        paths = self._paths()
+        return {name: recipe for name, recipe in self._named.items() if name in paths}
+
+    def may_name(self, documents: Mapping[str, Recipe]) -> None:
+        """Let models of this document be other documents, by name."""
+        self._named = documents
+
+    def parts(self) -> list[Part]:
+        """What is merged with what."""
+        return parts_of(self.models, self.slices, self.modules, self.base_model)
+
+    def identity(self, ref: ModelRef) -> object:
+        """Equal for two names of one model."""
+        return ref.path if ref.path in self._named else ref.location
+
+    def values(self, *place: str | int) -> Values:
+        """Checked parameters of one level: `values()` are the recipe's own, those of
+        `values("models", 0)` the first model's."""
+        if place not in self._levels:
+            given = at_path(self._document.data, (*place, "parameters")) or {}
+            path = (*place, "parameters")
+            self._levels[place] = read_values(given, path, self.method, self._document)
+        return self._levels[place]
+
+    def _paths(self) -> set[str]:
+        """Whatever is named as a model."""
+        sections = [section for part in self.parts() for section in part.sections]
+        named = [self.base_model, self.config_from, *(s.base_model for s in sections)]
+        named += [source.model for section in sections for source in section.sources]
+        return {ref.path for ref in named if ref is not None}
 
     def request(self, storage_options: StorageOptions | None = None) -> MergeRequest:
         """Open the models, reading headers only, and build the expression.
@@ -192,21 +198,31 @@ def load_recipe(
         RecipeError: not there, not YAML, a key that isn't supported, a value of the wrong kind.
         UnknownMethod, ParameterError: with the nearest name.
     """
-    document = apply_overrides(read_document(source), overrides)
+    documents = override(read_documents(source), overrides)
+    loaded = [_load(document, storage_options) for document in documents]
+    final, named = arranged(loaded)
+    final._beside = tuple(unused(final, named))
+    facts = [text for recipe in loaded for text in recipe.warnings]
+    if strict and facts:
+        raise RecipeError(
+            f"{final.document.origin} has keys without effect.",
+            *dict.fromkeys(facts),
+            fix="correct them, or leave --strict out",
+        )
+    return final
+
+
+def _load(document: Document, storage_options: StorageOptions | None) -> Recipe:
     refuse_soon(document)
     method = _method(document)
     ignored = check_keys(document, method)
-    if strict and (ignored or document.warnings):
-        facts = [*document.warnings, *(i.text for i in ignored)]
-        raise RecipeError(
-            f"{document.origin} has keys without effect.",
-            *facts,
-            fix="correct them, or leave --strict out",
-        )
     recipe = _validated(document, method, storage_options)
     recipe._ignored = tuple(ignored)
-    for place in (None, *range(len(recipe.models))):
-        recipe.values(place)
+    check_forms(document)
+    for part in recipe.parts():
+        for section in part.sections:
+            for place in (*section.levels, *section.places):
+                recipe.values(*place)
     return recipe
 
 
@@ -216,7 +232,7 @@ def _method(document: Document) -> MergeMethod:
         near = difflib.get_close_matches("merge_method", list(document.data), 1)
         facts = [f"{document.where((near[0],))}: {near[0]!r} is no key of a recipe"] if near else []
         raise RecipeError(
-            f"{document.origin} names no merge_method.", *facts, fix=_EXAMPLES["merge_method"]
+            f"{document.origin} names no merge_method.", *facts, fix=EXAMPLES["merge_method"]
         )
     try:
         return find_method(name)
@@ -231,44 +247,13 @@ def _method(document: Document) -> MergeMethod:
 def _validated(
     document: Document, method: MergeMethod, storage_options: StorageOptions | None
 ) -> Recipe:
-    data = dict(document.data)
-    if isinstance(data.get("models"), list):
-        data["models"] = [_with_inputs(entry, method) for entry in data["models"]]
+    data = dict(with_inputs(document.data, method.inputs[1:]))
     if storage_options is not None:
         data["storage_options"] = dict(storage_options)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        raise _explained(error, document) from None
+        raise explained(error, document) from None
     check_storage_options(recipe.storage_options)
     recipe._document, recipe._method = document, method
     return recipe
-
-
-def _with_inputs(entry: Any, method: MergeMethod) -> Any:
-    """`fishers: url` beside `model:` is an input, where the method has one of that name."""
-    further = method.inputs[1:]
-    if not further or not isinstance(entry, dict):
-        return entry
-    kept = {key: value for key, value in entry.items() if key not in further}
-    return {**kept, "inputs": {key: entry[key] for key in further if key in entry}}
-
-
-def _explained(error: ValidationError, document: Document) -> RecipeError:
-    mistakes, fix = [], None
-    for problem in error.errors(include_url=False):
-        path = tuple(problem["loc"])
-        names = [str(part) for part in path if isinstance(part, str)]
-        raised = problem.get("ctx", {}).get("error")
-        reason = raised.headline if isinstance(raised, DistmergeError) else problem["msg"]
-        secret = path[:1] == ("storage_options",)
-        shown = "" if secret else f", not {redact(repr(problem['input']))[:80]}"
-        if isinstance(raised, DistmergeError) or problem["type"] == "missing":
-            shown = ""
-        mistakes.append(f"{document.where(path)}: {dotted(path)}: {reason}{shown}")
-        own = raised.fix if isinstance(raised, DistmergeError) else None
-        example = next((_EXAMPLES[n] for n in reversed(names) if n in _EXAMPLES), None)
-        fix = fix or own or example
-    if len(mistakes) == 1:
-        return RecipeError(mistakes[0].rstrip(".") + ".", fix=fix)
-    return RecipeError(f"{document.origin} has {len(mistakes)} mistakes.", *mistakes, fix=fix)

@@ -1,121 +1,104 @@
-"""The boundary between a recipe and its expression: who is the base, who is merged, with what.
+"""The boundary between a recipe and its expression.
 
-Roles are settled from names alone; then the models are opened, all at the same time.
+Roles are settled from names alone; then the models are opened, all at the same time, and the
+sections become nodes: one for the whole model, or one for each slice and module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from distmerge.checkpoints.location import Location
 from distmerge.checkpoints.opening import open_checkpoint
 from distmerge.checkpoints.storage_options import options_for
 from distmerge.checkpoints.store import StorageOptions
 from distmerge.checkpoints.tensors import Checkpoint
-from distmerge.errors import ParameterError, RecipeError
 from distmerge.expressions.model_ref import ModelRef
-from distmerge.expressions.nodes import Apply, Leaf, short_name
+from distmerge.expressions.nodes import Expression, Leaf, leaves, short_name
 from distmerge.expressions.recipe import Recipe
-from distmerge.expressions.recipe_values import Values, combine
+from distmerge.expressions.recipe_roles import Roles, assign_roles
+from distmerge.expressions.recipe_slices import build_parts
 from distmerge.expressions.request import MergeRequest
-from distmerge.methods.method import REQUIRED
 
 _MODELS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
-class Member:
-    """One of the models that are merged, and what the recipe says of it."""
+class Settled:
+    """A recipe whose roles are known, before any model is opened."""
 
-    model: ModelRef
-    values: Values = field(default_factory=dict)
-    inputs: Mapping[str, ModelRef] = field(default_factory=dict)
+    recipe: Recipe
+    parts: tuple[tuple[str | None, tuple[Roles, ...]], ...]
+    """Each module's sections, by its name; None for the whole model."""
+    nested: Mapping[str, Settled]
+    """The recipes that it names as models."""
 
+    @property
+    def donor(self) -> ModelRef:
+        """The base, else the first model named."""
+        return self.recipe.base_model or next(iter(self.models()))
 
-@dataclass
-class Roles:
-    """Who is what in a merge."""
+    def models(self) -> Iterator[ModelRef]:
+        """Every model that is listed, in the recipe's order."""
+        for part in self.recipe.parts():
+            for section in part.sections:
+                yield from (source.model for source in section.sources)
 
-    members: list[Member]
-    """Models that the method combines, without a base that it takes apart."""
-    base: ModelRef | None = None
-    """For a method that takes its base apart."""
-    base_index: int = 0
-    """Where the base stands, or stood, among the models."""
-    base_listed: bool = False
-    """Is the base one of the members?"""
-    warnings: list[str] = field(default_factory=list)
+    def named(self) -> Iterator[ModelRef]:
+        """Every model that is opened, those of nested recipes too."""
+        found = [self.donor, *(ref for _, part in self.parts for r in part for ref in r.named())]
+        found += [self.recipe.config_from] if self.recipe.config_from else []
+        yield from (ref for ref in found if ref.path not in self.nested)
+        for inner in self.nested.values():
+            yield from inner.named()
+
+    def warnings(self) -> list[str]:
+        """Each once."""
+        found = list(self.recipe.warnings)
+        found += [text for _, part in self.parts for roles in part for text in roles.warnings]
+        for inner in self.nested.values():
+            found += inner.warnings()
+        return list(dict.fromkeys(found))
 
 
 def build_request(recipe: Recipe, storage_options: StorageOptions) -> MergeRequest:
     """See `Recipe.request`."""
-    roles = assign_roles(recipe)
-    parameters = _parameters(recipe, roles.members)
-    donor = recipe.base_model or recipe.models[0].model
-    named = [donor, *([roles.base] if roles.base else []), *_named(roles.members)]
-    named += [recipe.config_from] if recipe.config_from else []
-    leaves = open_leaves(named, storage_options)
-    extra = recipe.method.inputs[1:]
-    members = [leaves[member.model.location] for member in roles.members]
-    root = Apply(
-        recipe.method,
-        (
-            (recipe.method.inputs[0], tuple(members)),
-            *((n, tuple(leaves[m.inputs[n].location] for m in roles.members)) for n in extra),
-        ),
-        base=leaves[roles.base.location] if roles.base else None,
-        base_index=roles.base_index,
-        parameters=tuple(parameters.items()),
-        on_missing=recipe.on_missing,
-        passthrough=frozenset(recipe.passthrough),
-        base_listed=roles.base_listed,
-    )
+    settled = settle(recipe)
+    opened = open_leaves(settled.named(), storage_options)
+    donor = _donor(settled, opened)
+    root = _expression(settled, opened, donor)
+    used = leaves(root)
+    if donor not in used:  # then the first model's spelling of keys is the output's
+        assert isinstance(used[0], Leaf)
+        root = _expression(settled, opened, used[0])
+    config_from = recipe.config_from
     return MergeRequest(
         root,
-        donor=leaves[donor.location],
-        config_from=leaves[recipe.config_from.location] if recipe.config_from else None,
+        donor=donor,
+        config_from=opened[config_from.location] if config_from else None,
         out_dtype=recipe.out_dtype or recipe.dtype,
         seed=recipe.seed,
         on_unequal=recipe.on_unequal,
         recipe_text=recipe.text,
-        warnings=(*recipe.warnings, *roles.warnings),
+        warnings=tuple(settled.warnings()),
         storage_options=storage_options,
     )
 
 
-def assign_roles(recipe: Recipe) -> Roles:
-    """Tell the base from the models, as mergekit does.
-
-    A method that takes its base apart has it dropped from the models. Any other merges it as one
-    of them: where it is listed, else at the end, if its parameters are known; else it is only the
-    donor of config, tokenizer and dtypes.
-
-    Raises
-        RecipeError: too few or too many models, one given twice, no base.
-        CheckpointNotFound: a path where nothing is.
-    """
-    places = _places(recipe)
-    base = recipe.base_model
-    base_at = places.get(base.location) if base else None
-    members = [
-        Member(source.model, recipe.values(i), source.inputs)
-        for i, source in enumerate(recipe.models)
-    ]
-    roles = Roles(members, base_index=base_at or 0)
-    if recipe.method.takes_base:
-        _take_base_apart(recipe, roles, base_at)
-    elif base is not None:
-        roles.base_listed = base_at is not None or _merge_base_too(recipe, roles, base)
-    _check_count(recipe, roles)
-    _check_inputs(recipe, roles)
-    return roles
+def settle(recipe: Recipe) -> Settled:
+    """Settle the roles of a recipe and of those nested in it. Raises what `assign_roles` does."""
+    parts = tuple(
+        (part.name, tuple(assign_roles(recipe, section) for section in part.sections))
+        for part in recipe.parts()
+    )
+    nested = {name: settle(inner) for name, inner in recipe.nested.items()}
+    return Settled(recipe, parts, nested)
 
 
 def open_leaves(
-    models: Iterable[ModelRef], storage_options: StorageOptions
+    models: Iterator[ModelRef] | Sequence[ModelRef], storage_options: StorageOptions
 ) -> dict[Location, Leaf]:
     """Open each model once, at the same time, and name them apart. Raises the first's error."""
     unique = {model.location: model for model in reversed(list(models))}
@@ -133,130 +116,16 @@ def open_leaves(
     }
 
 
-def _places(recipe: Recipe) -> dict[Location, int]:
-    """Where each model stands in the list. Raises RecipeError for one that is listed twice."""
-    found: dict[Location, int] = {}
-    for i, source in enumerate(recipe.models):
-        first = found.setdefault(source.model.location, i)
-        if first != i:
-            raise RecipeError(
-                f"{source.model} is listed twice among the models.",
-                *(recipe.document.where(("models", place)) for place in (first, i)),
-                fix="list it once, with its weights added up",
-            )
-    return found
+def _donor(settled: Settled, opened: Mapping[Location, Leaf]) -> Leaf:
+    inner = settled.nested.get(settled.donor.path)
+    return opened[settled.donor.location] if inner is None else _donor(inner, opened)
 
 
-def _take_base_apart(recipe: Recipe, roles: Roles, base_at: int | None) -> None:
-    method, roles.base = recipe.method, recipe.base_model
-    if roles.base is None:
-        if method.base_required:
-            raise RecipeError(
-                f"{method.name} needs a base_model.",
-                recipe.document.where(("merge_method",)),
-                fix="base_model: the model that the others were fine-tuned from",
-            )
-        if method.counts_base and roles.members:
-            first, name = roles.members[0].model, method.name
-            roles.warnings.append(f"{name} has no base_model: {first}, the first, is at t = 0.")
-    elif base_at is not None:
-        dropped = roles.members.pop(base_at)
-        if dropped.values:
-            where = recipe.document.where(("models", base_at, "parameters"))
-            names = ", ".join(dropped.values)
-            roles.warnings.append(f"{where}: {names} of {dropped.model} is ignored: the base.")
+def _expression(settled: Settled, opened: Mapping[Location, Leaf], reference: Leaf) -> Expression:
+    """reference: the model whose spelling of keys is the output's."""
+    nested = {name: _expression(s, opened, reference) for name, s in settled.nested.items()}
 
+    def model(ref: ModelRef) -> Expression:
+        return nested[ref.path] if ref.path in nested else opened[ref.location]
 
-def _merge_base_too(recipe: Recipe, roles: Roles, base: ModelRef) -> bool:
-    """Add a base that isn't listed, if all is known that the method asks of a model."""
-    method, given = recipe.method, recipe.values()
-    required = [p for p in method.parameters.values() if p.per_model and p.default is REQUIRED]
-    lacking = [p.name for p in required if p.name not in given] + list(method.inputs[1:])
-    if lacking:
-        where = recipe.document.where(("base_model",))
-        roles.warnings.append(
-            f"{where}: {base} is not merged, since it is not listed with its {lacking[0]}; "
-            "it gives config, tokenizer and dtypes."
-        )
-        return False
-    roles.base_index = len(roles.members)
-    roles.members.append(Member(base))
-    return True
-
-
-def _check_count(recipe: Recipe, roles: Roles) -> None:
-    if not recipe.models and roles.base is None:
-        raise RecipeError(
-            f"{recipe.document.origin} names no models.",
-            fix="models: [{model: org/name}, {model: org/other}]",
-        )
-    recipe.method.check_count([member.model for member in roles.members], roles.base)
-
-
-def _check_inputs(recipe: Recipe, roles: Roles) -> None:
-    for name in recipe.method.inputs[1:]:
-        lacking = [str(member.model) for member in roles.members if name not in member.inputs]
-        if lacking:
-            raise RecipeError(
-                f"{recipe.method.name} needs {name!r} for each model.",
-                f"nothing gives it for {', '.join(lacking)}",
-                fix=f"models: [{{model: {lacking[0]}, {name}: path/of/its/{name}}}]",
-            )
-
-
-def _parameters(recipe: Recipe, members: Sequence[Member]) -> dict[str, Any]:
-    """Parameters as `Apply` takes them: a tuple over the models for per-model ones."""
-    general = dict(recipe.values())
-    if recipe.over is not None:
-        general["over"] = _scope(recipe, general)
-    result: dict[str, Any] = {}
-    names = dict.fromkeys([*recipe.method.parameters, *general])
-    names |= dict.fromkeys(name for member in members for name in member.values)
-    for name in names:
-        declared = recipe.method.parameters.get(name)
-        own = [member.values.get(name) for member in members]
-        value: Any = general.get(name)
-        if any(v is not None for v in own) or (declared is not None and declared.per_model):
-            value = tuple(combine([v, general.get(name)]) for v in own)
-        given = value is not None and not (isinstance(value, tuple) and set(value) == {None})
-        if declared is not None and declared.default is REQUIRED:
-            _check_given(recipe, name, members, value)
-        if given:
-            result[name] = value
-    return result
-
-
-def _scope(recipe: Recipe, general: Values) -> str:
-    where = recipe.document.where(("over",))
-    if "over" not in recipe.method.parameters:
-        raise ParameterError(
-            f"{recipe.method.name} has no parameter 'over': it asks nothing of whole models.",
-            where,
-            fix="leave 'over' out",
-        )
-    if general.get("over", recipe.over) != recipe.over:
-        raise ParameterError("'over' is given twice, differently.", where, fix="give it once")
-    assert recipe.over is not None
-    return recipe.over
-
-
-def _check_given(recipe: Recipe, name: str, members: Sequence[Member], value: Any) -> None:
-    lacking: list[str] = []
-    if isinstance(value, tuple):
-        pairs = zip(members, value, strict=True)
-        lacking = [str(member.model) for member, own in pairs if own is None]
-        if not lacking:
-            return
-    elif value is not None:
-        return
-    ignored = [i.text for i in recipe.ignored if i.path[-1] == name]
-    whom = [f"nothing gives it for {', '.join(lacking)}"] if lacking else []
-    example = 1.0 if name == "weight" else 0.5
-    fix = f"parameters: {{{name}: {example}}}" + (", with each model or for all" if lacking else "")
-    raise ParameterError(f"{recipe.method.name} needs {name!r}.", *whom, *ignored, fix=fix)
-
-
-def _named(members: Iterable[Member]) -> Iterable[ModelRef]:
-    for member in members:
-        yield member.model
-        yield from member.inputs.values()
+    return build_parts(settled.recipe, settled.parts, model, reference)

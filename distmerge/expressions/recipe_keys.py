@@ -14,65 +14,25 @@ from typing import Any
 
 from distmerge.errors import ParameterError, RecipeError
 from distmerge.expressions.recipe_text import Document
+from distmerge.expressions.recipe_words import (
+    CALL_NAMES,
+    CHOICE_KEYS,
+    ELSEWHERE,
+    LANGUAGE_PARAMETERS,
+    MODEL_KEYS,
+    MODULE_KEYS,
+    NEEDLESS,
+    REFERENCE_KEYS,
+    SLICE_KEYS,
+    SOON_MODEL,
+    SOON_PARAMETERS,
+    SOON_TOP,
+    TASK_VECTOR_METHODS,
+    TOP_KEYS,
+)
 from distmerge.expressions.yaml_lines import KeyPath
 from distmerge.methods.method import MergeMethod, unknown_parameter
 from distmerge.methods.registry import find_method, method_names
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-TOP_KEYS = _words("""
-    merge_method base_model models parameters dtype out_dtype seed over config_from
-    storage_options on_missing on_unequal passthrough
-""")
-MODEL_KEYS = frozenset({"model", "parameters"})
-REFERENCE_KEYS = frozenset({"path", "revision", "model"})
-CHOICE_KEYS = frozenset({"filter", "value"})
-
-_SOON_TOP = _words("""
-    slices modules tokenizer tokenizer_source chat_template merge rename on_shape_mismatch
-""")
-_SOON_MODEL = frozenset({"layer_range", "lora", "override_architecture", "rename"})
-_SOON_PARAMETERS: frozenset[str] = frozenset()
-
-_LANGUAGE_PARAMETERS = _words("""
-    weight density normalize rescale lambda int8_mask gamma epsilon t select_topk
-    filter_wise scale max_iter tol nuslerp_row_wise nuslerp_flatten normalize_weights eps r
-    alpha over residual_weight sign_weighting
-""")
-"""Parameters that some method of the recipe language has."""
-MERGEKIT_METHODS = _words("""
-    linear slerp nuslerp multislerp karcher task_arithmetic ties dare_ties dare_linear
-    della della_linear breadcrumbs breadcrumbs_ties sce ram ramplus_tl model_stock nearswap
-    arcee_fusion passthrough
-""")
-_CALL_NAMES = {
-    "k": "density",
-    "p": "density",
-    "tau": "t",
-    "weights": "weight",
-    "signs": "weight",
-    "scaling": "lambda",
-}
-"""How Python calls spell a parameter, and what recipes call it."""
-
-_TASK_VECTOR_METHODS = _words("""
-    task_arithmetic ties breadcrumbs breadcrumbs_ties dare_linear dare_ties della della_linear sce
-""")
-_ELSEWHERE = {
-    "path": "in 'model: {path: ..., revision: ...}'",
-    "revision": "in 'model: {path: ..., revision: ...}', or in 'model: name@revision'",
-    "model": "in an item of 'models:'",
-    "pad_to_multiple_of": "under 'tokenizer:'",
-    "tokens": "under 'tokenizer:'",
-    "source": "under 'tokenizer:'",
-    "sources": "under 'slices:'",
-    "layer_range": "under 'slices:'",
-    "filter": "in an item of a parameter's list",
-    "value": "in an item of a parameter's list",
-}
 
 
 @dataclass(frozen=True)
@@ -101,28 +61,75 @@ def check_keys(document: Document, method: MergeMethod) -> list[Ignored]:
 
 def refuse_soon(document: Document) -> None:
     """Refuse top-level keys that change the merge and are not implemented. Raises RecipeError."""
-    for key in _SOON_TOP:
+    for key in SOON_TOP:
         _refuse(document, document.data, (), key)
+
+
+def check_forms(document: Document) -> None:
+    """Refuse a recipe, or a module, that says twice what is merged. Raises RecipeError."""
+    modules = document.data.get("modules")
+    inside = modules if isinstance(modules, dict) else {}
+    for path, data in [((), document.data), *((("modules", n), m) for n, m in inside.items())]:
+        held = data if isinstance(data, dict) else {}
+        given = [key for key in ("models", "slices", "modules") if held.get(key)]
+        if len(given) > 1:
+            raise RecipeError(
+                f"{document.where((*path, given[1]))}: there are {' and '.join(given)}.",
+                "each of them says all that is merged",
+                fix=f"keep one of {', '.join(given)}",
+            )
 
 
 def _ignored(document: Document, method: MergeMethod) -> Iterator[Ignored]:
     data = document.data
     yield from _check_level(document, data, (), TOP_KEYS, method)
-    yield from _check_parameters(document, ("parameters",), data.get("parameters"), method)
     for key in ("base_model", "config_from"):
         yield from _check_reference(document, (key,), data.get(key), method)
-    models = data.get("models")
-    for i, entry in enumerate(models if isinstance(models, list) else ()):
+    yield from _check_sections(document, data, (), method)
+    modules = data.get("modules")
+    for name, module in (modules if isinstance(modules, dict) else {}).items():
+        if isinstance(module, dict):
+            path = ("modules", name)
+            yield from _check_level(document, module, path, MODULE_KEYS, method)
+            yield from _check_sections(document, module, path, method)
+
+
+def _check_sections(
+    document: Document, data: Mapping[str, Any], path: KeyPath, method: MergeMethod
+) -> Iterator[Ignored]:
+    """The parameters, models and slices of a recipe or a module."""
+    given = data.get("parameters")
+    yield from _check_parameters(document, (*path, "parameters"), given, method)
+    yield from _check_sources(document, (*path, "models"), data.get("models"), method)
+    slices = data.get("slices")
+    for i, one in enumerate(slices if isinstance(slices, list) else ()):
+        if isinstance(one, dict):
+            at = (*path, "slices", i)
+            yield from _check_level(document, one, at, SLICE_KEYS, method)
+            yield from _check_reference(
+                document, (*at, "base_model"), one.get("base_model"), method
+            )
+            inside = one.get("parameters")
+            yield from _check_parameters(document, (*at, "parameters"), inside, method)
+            yield from _check_sources(document, (*at, "sources"), one.get("sources"), method)
+
+
+def _check_sources(
+    document: Document, path: KeyPath, sources: Any, method: MergeMethod
+) -> Iterator[Ignored]:
+    known = MODEL_KEYS | {*method.inputs[1:]}
+    known |= {"layer_range"} if path[-1] == "sources" else set()
+    for i, entry in enumerate(sources if isinstance(sources, list) else ()):
         if not isinstance(entry, dict):
             continue
-        path = ("models", i)
-        for key in _SOON_MODEL:
-            _refuse(document, entry, path, key)
-        yield from _check_level(document, entry, path, MODEL_KEYS | {*method.inputs[1:]}, method)
+        at = (*path, i)
+        for key in SOON_MODEL:
+            _refuse(document, entry, at, key)
+        yield from _check_level(document, entry, at, known, method)
         for key in ("model", *method.inputs[1:]):
-            yield from _check_reference(document, (*path, key), entry.get(key), method)
+            yield from _check_reference(document, (*at, key), entry.get(key), method)
         given = entry.get("parameters")
-        yield from _check_parameters(document, (*path, "parameters"), given, method)
+        yield from _check_parameters(document, (*at, "parameters"), given, method)
 
 
 def _refuse(document: Document, data: Mapping[str, Any], path: KeyPath, key: str) -> None:
@@ -142,8 +149,8 @@ def _check_level(
     known: frozenset[str],
     method: MergeMethod,
 ) -> Iterator[Ignored]:
-    # Keys of the language that are empty ask for nothing; a lone recipe's name neither.
-    empty = _SOON_MODEL if path else _SOON_TOP | {"name"}
+    # Keys of the language that are empty ask for nothing.
+    empty = SOON_MODEL | NEEDLESS if path else SOON_TOP
     for key in data:
         if key not in known and key not in empty:
             fix = _place(key, path, known, method)
@@ -155,13 +162,20 @@ def _place(key: str, path: KeyPath, known: frozenset[str], method: MergeMethod) 
     """Where a key should stand, or what it may have been meant to be."""
     if path and key in TOP_KEYS:
         return "move it to the top level"
-    if key in method.parameters or key in _LANGUAGE_PARAMETERS:
-        whose = "this model's " if path[:1] == ("models",) else ""
+    if key in method.parameters or key in LANGUAGE_PARAMETERS:
+        whose = f"this {_level(path)}'s " if path else ""
         return f"move it under {whose}'parameters:'"
-    if key in _ELSEWHERE:
-        return f"write it {_ELSEWHERE[key]}"
+    if key in ELSEWHERE:
+        return f"write it {ELSEWHERE[key]}"
     near = difflib.get_close_matches(key, sorted(known), 1)
     return f"write {near[0]!r}" if near else "leave it out"
+
+
+def _level(path: KeyPath) -> str:
+    """Of what the mapping at that place speaks."""
+    if len(path) > 1 and isinstance(path[-1], int):
+        return "slice" if path[-2] == "slices" else "model"
+    return "module" if path[:1] == ("modules",) else "recipe"
 
 
 def _check_reference(
@@ -170,7 +184,7 @@ def _check_reference(
     """`model: {path, revision}`, perhaps with another `model:` around it."""
     if not isinstance(given, dict):
         return
-    for key in _SOON_MODEL:
+    for key in SOON_MODEL:
         _refuse(document, given, path, key)
     yield from _check_level(document, given, path, REFERENCE_KEYS, method)
     yield from _check_reference(document, (*path, "model"), given.get("model"), method)
@@ -185,7 +199,7 @@ def _check_parameters(
         place = (*path, name)
         where = document.where(place)
         declared = method.parameters.get(name)
-        if declared is not None and (declared.per_model or len(path) == 1):
+        if declared is not None and (declared.per_model or _level(path[:-1]) != "model"):
             yield from _check_choices(document, place, value, method)
             continue
         if declared is not None:
@@ -210,21 +224,21 @@ def _check_choices(
 def _unknown(document: Document, place: KeyPath, method: MergeMethod) -> Ignored:
     """A parameter of other methods has no effect; one of no method is a mistake."""
     name, where = str(place[-1]), document.where(place)
-    if name in _SOON_PARAMETERS or (method.name == "ties" and name == "rescale"):
+    if name in SOON_PARAMETERS or (method.name == "ties" and name == "rescale"):
         raise RecipeError(
             f"{where}: {name!r} is not supported by {method.name} yet.", fix=f"leave {name!r} out"
         )
-    if name in _LANGUAGE_PARAMETERS or name in _builtin_parameters():
+    if name in LANGUAGE_PARAMETERS or name in _builtin_parameters():
         fix = f"leave {name!r} out"
         text = f"{where}: {method.name} has no parameter {name!r}; it is ignored."
         return Ignored(place, text, fix)
-    if name in TOP_KEYS or name in _SOON_TOP:
+    if name in TOP_KEYS or name in SOON_TOP:
         fix = "move it to the top level"
         return Ignored(place, f"{where}: {name!r} is ignored here; {fix}.", fix)
     error = unknown_parameter(method, name)
     fixed = error.fix
-    if _CALL_NAMES.get(name) in method.parameters:
-        fixed = f"write '{_CALL_NAMES[name]}'; {name!r} is its name in Python calls"
+    if CALL_NAMES.get(name) in method.parameters:
+        fixed = f"write '{CALL_NAMES[name]}'; {name!r} is its name in Python calls"
         fixed += ", and density = 1 - p" if name == "p" else ""
     raise ParameterError(error.headline, *error.facts, where, fix=fixed)
 
@@ -232,7 +246,7 @@ def _unknown(document: Document, place: KeyPath, method: MergeMethod) -> Ignored
 def _without_effect(method: MergeMethod, name: str, value: Any) -> bool:
     """Parameters that mergekit's method of this name takes and that change no result."""
     if name == "int8_mask":  # the dtype of mergekit's temporaries
-        return method.name in _TASK_VECTOR_METHODS
+        return method.name in TASK_VECTOR_METHODS
     if method.name == "task_arithmetic":  # nothing is dropped, so nothing is rescaled
         return name in ("density", "rescale")
     return method.name == "ties" and name == "rescale" and value in (False, 0, None)

@@ -17,7 +17,13 @@ import yaml
 
 from distmerge.checkpoints.location import redact
 from distmerge.errors import RecipeError
-from distmerge.expressions.yaml_lines import DEEPEST, KeyPath, kind_of, read_yaml
+from distmerge.expressions.yaml_lines import (
+    DEEPEST,
+    KeyPath,
+    kind_of,
+    read_yaml,
+    read_yaml_documents,
+)
 
 LARGEST_RECIPE = 1_000_000
 """Characters."""
@@ -52,8 +58,12 @@ def dotted(path: KeyPath) -> str:
     return ".".join(map(str, path))
 
 
-def read_document(source: str | os.PathLike[str] | Mapping[str, Any]) -> Document:
-    """A recipe from a file, from standard input ("-"), from YAML text, or from a mapping.
+Given = str | os.PathLike[str] | Mapping[str, Any]
+
+
+def read_documents(source: Given | Sequence[Mapping[str, Any]]) -> list[Document]:
+    """A recipe's documents from a file, from standard input ("-"), from YAML text, from a mapping
+    or from several.
 
     A string that holds a line break or a colon and names no file is YAML text.
 
@@ -61,15 +71,19 @@ def read_document(source: str | os.PathLike[str] | Mapping[str, Any]) -> Documen
         RecipeError: not there, too large, not YAML (with line and column), not a mapping.
     """
     if isinstance(source, Mapping):
-        return Document(_plain(source, ()), origin="the recipe")
+        return [Document(_plain(source, ()), origin="the recipe")]
+    if isinstance(source, list | tuple):
+        several = enumerate(source, 1)
+        return [Document(_plain(one, ()), f"document {n} of the recipe") for n, one in several]
     if source == "-":
-        return parse_document(sys.stdin.read(LARGEST_RECIPE + 1), "standard input")
+        return parse_documents(sys.stdin.read(LARGEST_RECIPE + 1), "standard input")
+    assert isinstance(source, str | os.PathLike)
     if isinstance(source, str) and _is_text(source):
-        return parse_document(source, "the recipe")
-    return parse_document(_file_text(os.fspath(source)), redact(os.fspath(source)))
+        return parse_documents(source, "the recipe")
+    return parse_documents(_file_text(os.fspath(source)), redact(os.fspath(source)))
 
 
-def parse_document(text: str, origin: str) -> Document:
+def parse_documents(text: str, origin: str) -> list[Document]:
     """YAML text as data with lines. Raises RecipeError."""
     if len(text) > LARGEST_RECIPE:
         raise RecipeError(
@@ -77,13 +91,45 @@ def parse_document(text: str, origin: str) -> Document:
             f"it has more than {LARGEST_RECIPE:,} characters",
             fix="give the recipe, not the weights",
         )
-    found = read_yaml(text, origin)
-    if not isinstance(found.data, dict):
-        raise RecipeError(
-            f"{origin} holds {kind_of(found.data)}, and a recipe is a mapping of keys to values.",
-            fix="begin with 'merge_method: linear'",
-        )
-    return Document(found.data, origin, found.lines, text, warnings=tuple(found.warnings))
+    documents = []
+    for found in read_yaml_documents(text, origin):
+        if not isinstance(found.data, dict):
+            held = kind_of(found.data)
+            raise RecipeError(
+                f"{origin} holds {held}, and a recipe is a mapping of keys to values.",
+                fix="begin with 'merge_method: linear'",
+            )
+        warnings = tuple(found.warnings)
+        documents.append(Document(found.data, origin, found.lines, text, warnings=warnings))
+    return documents
+
+
+def at_path(data: Any, path: KeyPath) -> Any:
+    """What stands at a place; None if nothing does."""
+    for step in path:
+        if isinstance(data, list) and isinstance(step, int) and step < len(data):
+            data = data[step]
+        elif isinstance(data, dict):
+            data = data.get(str(step))
+        else:
+            return None
+    return data
+
+
+def override(documents: Sequence[Document], overrides: Sequence[str]) -> list[Document]:
+    """The documents with `a.b=1` and the like applied: to the one whose name comes first in the
+    path, else to the one without a name, else to the last. Raises what `apply_overrides` does.
+    """
+    found = list(documents)
+    if len(found) == 1:
+        return [apply_overrides(found[0], overrides)]
+    names = [document.data.get("name") for document in found]
+    last = names.index(None) if None in names else len(names) - 1
+    for one in overrides:
+        head, _, rest = one.partition(".")
+        at = names.index(head) if head in names else last
+        found[at] = apply_overrides(found[at], [rest if head in names else one])
+    return found
 
 
 def apply_overrides(document: Document, overrides: Sequence[str]) -> Document:

@@ -46,21 +46,28 @@ def read_yaml(text: str, origin: str) -> Found:
     Raises
         RecipeError: not YAML (with line and column), several documents, too deep, too large.
     """
+    found = read_yaml_documents(text, origin)
+    if len(found) > 1:
+        raise RecipeError(
+            f"{origin} holds several documents.", fix="give one, without '---' between its keys"
+        )
+    return found[0]
+
+
+def read_yaml_documents(text: str, origin: str) -> list[Found]:
+    """Every document, at least one; empty ones behind it are left out. Raises as `read_yaml`."""
     try:
         # The reader checks characters as soon as it is made.
         loader = yaml.SafeLoader(text)
-        reading = _Reading(origin, loader)
-        first = loader.get_node() if loader.check_node() else None
-        if first is not None:
-            reading.found.data = reading.build(first, ())
-        second = loader.get_node() if loader.check_node() else None
-        if second is not None and second.value != "":  # a last '---' begins an empty one
-            raise RecipeError(
-                f"{origin} holds several documents, which can't be merged in one run yet.",
-                f"the second begins at line {_line(second)}",
-                fix="give one recipe, without '---' between its keys",
-            )
-        return reading.found
+        found: list[Found] = []
+        while loader.check_node():
+            node = loader.get_node()
+            assert node is not None
+            if not found or node.value != "":  # a last '---' begins an empty one
+                reading = _Reading(origin, loader)
+                reading.found.data = reading.build(node, ())
+                found.append(reading.found)
+        return found or [Found()]
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise RecipeError(

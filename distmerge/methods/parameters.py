@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -95,6 +95,9 @@ class Layers:
     """How many layers each family of a model has, read off its keys."""
 
     counts: Mapping[str, int]
+    """By family: one more than the highest number."""
+    firsts: Mapping[str, int] = field(default_factory=dict)
+    """By family, where its numbers begin, if not at 0."""
 
     @classmethod
     def of(cls, keys: Iterable[str]) -> Layers:
@@ -115,5 +118,6 @@ class Layers:
         found = layer_of(key)
         if found is None:
             return 0.0
+        first = self.firsts.get(found[0], 0)
         last = self.counts.get(found[0], 1) - 1
-        return found[1] / last if last > 0 else 1.0
+        return (found[1] - first) / (last - first) if last > first else 1.0

@@ -13,7 +13,16 @@ from typing import Any
 
 import torch
 
-from distmerge.expressions.nodes import Apply, Binary, Leaf, Select, TensorLeaf
+from distmerge.expressions.nodes import (
+    Apply,
+    Binary,
+    Branch,
+    Leaf,
+    Renumber,
+    Select,
+    Stack,
+    TensorLeaf,
+)
 from distmerge.methods.fusion import fused_loops
 
 FORMAT_VERSION = 1
@@ -55,6 +64,13 @@ def canonical(node: Any) -> str:
         return f"{method}({inputs} {base} {sorted(node.parameters)} {options})"
     if isinstance(node, Select):
         return f"({canonical(node.child)} {sorted(node.keys)})"
+    if isinstance(node, Renumber):
+        return f"({canonical(node.child)} {node.move})"
+    if isinstance(node, Stack):
+        parts = ",".join(map(canonical, node.parts))
+        return f"stack({parts} {node.family} {node.counts})"
+    if isinstance(node, Branch):
+        return f"modules({','.join(map(canonical, node.parts))} {node.prefixes})"
     return repr(node)
 
 

@@ -16,6 +16,7 @@ from distmerge.expressions.nodes import Leaf
 from distmerge.expressions.program import Program, Same
 from distmerge.expressions.request import MergeRequest
 from distmerge.plan import describe
+from distmerge.plan.coverage import account
 from distmerge.plan.digest import digest_of, kernel_class
 from distmerge.plan.memory import (
     MemoryPlan,
@@ -130,8 +131,8 @@ def make_plan(
         raise RecipeError(
             "Nothing would be written: the models share no key.", fix="check the models"
         )
-    donor = _donor_index(request, inputs)
-    outputs = [_output(program, inputs, request.out_dtype, donor) for program in programs]
+    donors = [i for i, leaf in enumerate(inputs.leaves) if leaf == request.donor]
+    outputs = [_output(program, inputs, request.out_dtype, donors) for program in programs]
     units, headers = _units(outputs, inputs, max_shard_size)
     kernel = kernel_class(device)
     digest = digest_of(request.root, seed=request.seed, headers=headers, kernel=kernel)
@@ -148,7 +149,7 @@ def make_plan(
         digest=digest,
         kernel=kernel,
         memory=memory,
-        skipped=(*inputs.skipped, *_unused(inputs, programs)),
+        skipped=account(inputs, programs, whole=keys is None),
         asks_model=asks,
         workers=workers,
         device=device,
@@ -161,14 +162,13 @@ def _programs(compiler: Compiler, keys: Iterable[str]) -> list[Program]:
     return [program for program in found if program is not None]
 
 
-def _donor_index(request: MergeRequest, inputs: Inputs) -> int | None:
-    return next((i for i, leaf in enumerate(inputs.leaves) if leaf == request.donor), None)
-
-
-def _output(program: Program, inputs: Inputs, out_dtype: str | None, donor: int | None) -> KeyTask:
+def _output(
+    program: Program, inputs: Inputs, out_dtype: str | None, donors: Sequence[int]
+) -> KeyTask:
+    """donors: the donor's places among the leaves, where it is one."""
     key = program.key
-    first = donor if donor in program.leaves else min(program.leaves)
-    assert first is not None
+    donor = next((i for i in donors if i in program.leaves), None)
+    first = min(program.leaves) if donor is None else donor
     own, shape = inputs.spec(first, key)
     if not isinstance(program.steps[0], Same):
         dtypes = {inputs.spec(leaf, key)[0] for leaf in program.leaves}
@@ -180,7 +180,7 @@ def _output(program: Program, inputs: Inputs, out_dtype: str | None, donor: int 
         dtype=own,
         offset=0,
         inputs={leaf: inputs.tensors[leaf][key] for leaf in program.leaves},
-        base=donor if donor in program.leaves and len(program.leaves) > 1 else None,
+        base=donor if len(program.leaves) > 1 else None,
     )
 
 
@@ -237,25 +237,3 @@ def _sources(tasks: Sequence[KeyTask], inputs: Inputs) -> dict[int, Source]:
         for leaf, found in files.items()
         if isinstance(node := inputs.leaves[leaf], Leaf)
     }
-
-
-def _unused(inputs: Inputs, programs: Sequence[Program]) -> list[Skipped]:
-    """Tensors that no program reads, though their key is known."""
-    used = {(leaf, p.key) for p in programs for leaf in p.leaves}
-    written = {p.key for p in programs}
-    return [
-        Skipped(
-            str(node),
-            _own_key(inputs, leaf, key),
-            "its key is written without this model (on_missing, on_unequal, passthrough)"
-            if key in written
-            else "not in every model (on_missing)",
-        )
-        for leaf, (node, tensors) in enumerate(zip(inputs.leaves, inputs.tensors, strict=True))
-        for key in tensors
-        if (leaf, key) not in used
-    ]
-
-
-def _own_key(inputs: Inputs, leaf: int, key: str) -> str:
-    return inputs.own_keys[leaf].get(key, key) if inputs.own_keys else key

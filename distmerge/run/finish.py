@@ -13,9 +13,11 @@ from distmerge.checkpoints.opening import open_store
 from distmerge.checkpoints.store import OutputStore, StorageOptions, Store
 from distmerge.checkpoints.tensors import Checkpoint
 from distmerge.expressions.nodes import Apply, Leaf, leaves, walk
+from distmerge.expressions.origins import layer_origins
 from distmerge.plan.plan import Plan
 from distmerge.write.card import license_warnings, model_card, parent_of
 from distmerge.write.config import edit_config, written_dtype
+from distmerge.write.config_layers import Origin, edit_layers
 from distmerge.write.donor_files import copy_donor_files
 from distmerge.write.index import INDEX_FILE, index_json
 from distmerge.write.manifest import InputRecord, Manifest, ShardRecord, SkippedTensor, checksum
@@ -71,9 +73,20 @@ def _config(plan: Plan, donor: Checkpoint) -> bytes:
     head = any(key.split(".")[-2:] == ["lm_head", "weight"] for key in plan.weight_map)
     untied = head and donor.config.get("tie_word_embeddings")
     edited = edit_config(
-        donor.config, dtypes=plan.dtypes, nbytes=plan.sizes, tied=False if untied else None
+        _config_of_layers(plan, donor.config),
+        dtypes=plan.dtypes,
+        nbytes=plan.sizes,
+        tied=False if untied else None,
     )
     return (json.dumps(edited, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _config_of_layers(plan: Plan, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The donor's config, for layers that may have been put together anew."""
+    for family, origins in layer_origins(plan.request.root, plan.weight_map).items():
+        found = [Origin(leaf.checkpoint.config if leaf else None, n) for leaf, n in origins]
+        config = edit_layers(config, family, found)
+    return config
 
 
 def _card(plan: Plan, output: OutputStore) -> tuple[str, list[str]]:

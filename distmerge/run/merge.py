@@ -12,7 +12,7 @@ from distmerge.checkpoints.store import OutputStore, StorageOptions
 from distmerge.errors import OutputError, RecipeError
 from distmerge.expressions.compute_pool import usable_cores
 from distmerge.expressions.lazy import LazyStateDict, open_lazy
-from distmerge.expressions.nodes import Apply, Binary, Leaf, Select, TensorLeaf, leaves
+from distmerge.expressions.nodes import Expression, Leaf, TensorLeaf, leaves
 from distmerge.expressions.recipe import load_recipe
 from distmerge.expressions.request import MergeRequest, request_for
 from distmerge.plan.memory import RAY
@@ -181,7 +181,7 @@ def as_request(what: Any, settings: MergeOptions) -> MergeRequest:
         request = what
     elif isinstance(what, LazyStateDict):
         request = what.request()
-    elif isinstance(what, Leaf | TensorLeaf | Binary | Apply | Select):
+    elif isinstance(what, Expression):
         request = request_for(what)
     else:
         recipe = load_recipe(what, overrides=settings.overrides, strict=settings.strict)

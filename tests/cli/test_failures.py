@@ -52,10 +52,10 @@ A, B = ({"model": name, "parameters": {"weight": 1}} for name in "ab")
             "choose another merge_method",
         ),
         (
-            {"slices": [{}]},
+            {"models": [], "slices": [{}]},
             [],
-            "merge.yml, line 1: 'slices' is not supported yet.",
-            "leave 'slices'",
+            "merge.yml, line 1: slices.0.sources: Field required",
+            "sources: [{model",
         ),
         ({"dtype": "float8_e4m3fn"}, [], "dtype: A merge can't be written in dtype", "bfloat16"),
         ({"dype": "float16"}, ["--strict"], "merge.yml has keys without effect.", "--strict"),

@@ -40,10 +40,10 @@ def test_a_recipe_of_every_form():
     assert recipe.warnings == ()
     assert [str(source.model) for source in recipe.models] == ["org/one", "org/two@v2", "./three"]
     assert str(recipe.base_model) == "org/base@main"
-    assert recipe.values(0) == {"density": Gradient((1.0, 0.7, 0.1)), "weight": 1.0}
-    assert recipe.values(1) == {"density": 0.1, "weight": Gradient((0.0, 0.3, 1.0))}
+    assert recipe.values("models", 0) == {"density": Gradient((1.0, 0.7, 0.1)), "weight": 1.0}
+    assert recipe.values("models", 1) == {"density": 0.1, "weight": Gradient((0.0, 0.3, 1.0))}
     filtered = Filtered((("mlp", Gradient((0.5, 1.0))), (None, 0.0)))
-    assert recipe.values(2) == {"weight": filtered}
+    assert recipe.values("models", 2) == {"weight": filtered}
     assert recipe.values() == {"normalize": True, "density": Filtered((("mlp", 0.3),))}
     assert (recipe.dtype, recipe.out_dtype, recipe.seed) == ("F16", None, 0)
     assert recipe.text == TIES
@@ -99,6 +99,7 @@ def linear(extra: str = "", *, parameters: str = "{weight: 1}", method: str = "l
             linear("    dtype: float16"),
             "line 7: 'dtype' is ignored here; move it to the top level.",
         ),
+        (linear("    layer_range: [0, 4]"), "write it in an item of 'sources:', under 'slices:'."),
         (linear("    modle: x"), "line 7: 'modle' is ignored here; write 'model'."),
         (linear("parameters: {dtype: float16}"), "line 7: 'dtype' is ignored here; move it to the"),
         (linear("parameters: {t: 0.5}"), "line 7: linear has no parameter 't'; it is ignored."),
@@ -139,8 +140,6 @@ def test_parameters_of_mergekit_that_change_nothing_pass_in_silence(method, para
 @pytest.mark.parametrize(
     "extra",
     [
-        "slices: [{sources: [{model: a, layer_range: [0, 4]}]}]",
-        "modules: {text: {}}",
         "tokenizer: {source: union}",
         "tokenizer: {}",
         "tokenizer_source: base",
@@ -148,9 +147,7 @@ def test_parameters_of_mergekit_that_change_nothing_pass_in_silence(method, para
         "merge: 0.5 * a + 0.5 * b",
         "rename: {a: b}",
         "on_shape_mismatch: base",
-        "    layer_range: [0, 4]",
         "    lora: org/adapter",
-        "    override_architecture: LlamaForCausalLM",
     ],
 )
 def test_what_would_change_the_merge_is_refused_by_name(extra):
@@ -238,7 +235,7 @@ def test_all_mistakes_are_told_together():
 
 def test_overrides_hold_and_must_have_an_effect():
     recipe = load_recipe(TIES, overrides=["models.0.parameters.weight=0.4", "seed=3"])
-    assert recipe.values(0)["weight"] == 0.4
+    assert recipe.values("models", 0)["weight"] == 0.4
     assert recipe.seed == 3
     recorded = yaml.safe_load(recipe.text)
     assert recorded["models"][0]["parameters"]["weight"] == 0.4

@@ -12,7 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distmerge.errors import RecipeError
-from distmerge.expressions.recipe_text import LARGEST_RECIPE, apply_overrides, read_document
+from distmerge.expressions.recipe_text import (
+    LARGEST_RECIPE,
+    Document,
+    apply_overrides,
+    read_documents,
+)
+
+
+def read_document(source) -> Document:
+    (document,) = read_documents(source)
+    return document
+
 
 TEXT = """\
 merge_method: ties

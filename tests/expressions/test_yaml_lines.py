@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distmerge.errors import RecipeError
-from distmerge.expressions.yaml_lines import read_yaml
+from distmerge.expressions.yaml_lines import read_yaml, read_yaml_documents
 
 words = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), max_size=8)
 scalars = st.none() | st.booleans() | st.integers(-(10**6), 10**6) | st.floats(-9, 9) | words
@@ -122,6 +122,12 @@ def test_malformed_names_line_and_column(text, place, reason):
         read_yaml(text, "merge.yml")
     assert raised.value.headline == f"merge.yml, {place}: this is not YAML."
     assert reason in raised.value.facts[0]
+
+
+def test_several_documents_keep_the_lines_of_the_file():
+    first, second = read_yaml_documents("a: 1\n---\n\nb: 2\n---\n", "merge.yml")
+    assert (first.data, second.data) == ({"a": 1}, {"b": 2})
+    assert second.lines == {("b",): 4}
 
 
 def test_a_document_may_end_in_dashes_or_be_empty():

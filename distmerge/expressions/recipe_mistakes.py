@@ -1,0 +1,55 @@
+"""The boundary between what pydantic says of a recipe and what its author can do about it."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+from distmerge.checkpoints.location import redact
+from distmerge.errors import DistmergeError, RecipeError
+from distmerge.expressions.recipe_text import Document, dotted
+
+EXAMPLES = {
+    "merge_method": "merge_method: linear",
+    "models": "models: [{model: org/name, parameters: {weight: 1.0}}]",
+    "slices": "slices: [{sources: [{model: org/name, layer_range: [0, 16]}]}]",
+    "sources": "sources: [{model: org/name, layer_range: [0, 16]}]",
+    "layer_range": "layer_range: [0, 16], the first layer and the one after the last",
+    "modules": "modules: {text_decoder: {models: [...]}, vision_tower: {models: [...]}}",
+    "name": "name: intermediate",
+    "model": "model: org/name, or model: {path: org/name, revision: main}",
+    "base_model": "base_model: org/name",
+    "config_from": "config_from: org/name",
+    "parameters": "parameters: {weight: 1.0}",
+    "dtype": "dtype: bfloat16",
+    "out_dtype": "out_dtype: bfloat16",
+    "seed": "seed: 0",
+    "over": "over: tensor, or over: model",
+    "on_missing": "on_missing: error, common, base or average",
+    "on_unequal": "on_unequal: error, or base",
+    "passthrough": "passthrough: [lm_head]",
+    "storage_options": "storage_options: {'s3://bucket/': {endpoint_url: ...}}",
+    "revision": "revision: 'main'; numbers need quotes",
+    "path": "path: 'org/name'; numbers need quotes",
+}
+"""What a key looks like where it is right."""
+
+
+def explained(error: ValidationError, document: Document) -> RecipeError:
+    """All mistakes in one error, each with its line."""
+    mistakes, fix = [], None
+    for problem in error.errors(include_url=False):
+        path = tuple(problem["loc"])
+        names = [str(part) for part in path if isinstance(part, str)]
+        raised = problem.get("ctx", {}).get("error")
+        reason = raised.headline if isinstance(raised, DistmergeError) else problem["msg"]
+        secret = path[:1] == ("storage_options",)
+        shown = "" if secret else f", not {redact(repr(problem['input']))[:80]}"
+        if isinstance(raised, DistmergeError) or problem["type"] == "missing":
+            shown = ""
+        mistakes.append(f"{document.where(path)}: {dotted(path)}: {reason}{shown}")
+        own = raised.fix if isinstance(raised, DistmergeError) else None
+        example = next((EXAMPLES[n] for n in reversed(names) if n in EXAMPLES), None)
+        fix = fix or own or example
+    if len(mistakes) == 1:
+        return RecipeError(mistakes[0].rstrip(".") + ".", fix=fix)
+    return RecipeError(f"{document.origin} has {len(mistakes)} mistakes.", *mistakes, fix=fix)
