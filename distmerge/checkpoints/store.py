@@ -47,6 +47,9 @@ class OutputStore(Protocol):
     spools: bool
     """Does a shard wait on this machine's disk until it is whole, and go to its place then?"""
 
+    buffers: int
+    """Bytes of memory that one large file takes while it is written."""
+
     def begin(self, digest: str) -> None:
         """Name the merge that is written, before the first write."""
         ...

@@ -54,7 +54,14 @@ def demo(
     run(folder)
 
 
-for command in (merging.merge, merging.plan, looking.inspect, looking.verify, describing.methods):
+for command in (
+    merging.merge,
+    merging.plan,
+    looking.inspect,
+    looking.verify,
+    looking.clean,
+    describing.methods,
+):
     app.command()(command)
 app.command()(demo)
 

@@ -1,4 +1,4 @@
-"""`distmerge inspect` and `distmerge verify`."""
+"""`distmerge inspect`, `distmerge verify` and `distmerge clean`."""
 
 from __future__ import annotations
 
@@ -126,6 +126,29 @@ def verify(
         print(printable(f"{out} is {state}: {read}."))
     if not found.ok:
         raise typer.Exit(BROKEN)
+
+
+@reported
+def clean(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Where merges were written.")],
+    as_json: options.AsJson = False,
+    trace: options.Trace = False,
+) -> None:
+    """Remove what killed merges left behind.
+
+    Receipts, shards without an index, temporary files, unfinished uploads, working branches. What
+    is published stays. Refuses while a merge is running there.
+    """
+    from distmerge.write.clean import clean as remove
+
+    found = remove(out)
+    if as_json:
+        print(json.dumps({"files": found.files, "unfinished": found.unfinished}, indent=2))
+        return
+    for path in found.files:
+        print(printable(f"Removed {path}"))
+    count = found.unfinished
+    print(printable(f"{out}: {len(found.files)} files and {count} unfinished things removed."))
 
 
 class _Ticker:

@@ -39,6 +39,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
             "reserved_mem": memory.reserved,
             "blocks": memory.blocks,
             "windows": memory.windows,
+            "sending": memory.sending,
             "gathered": memory.gathered,
             "arena": memory.arena,
         },

@@ -4,6 +4,7 @@
               + blocks          temporaries of the blocks in flight, one per thread
               + windows         output on its way to the writer
               + gathered        whole-tensor operands of methods that see no blocks
+              + sending         what the output's store holds of a shard on its way out
               + arena           raw inputs, in the files' dtypes
 
 The arena takes what the budget leaves, up to a ceiling beyond which more doesn't help; all else is
@@ -72,10 +73,13 @@ class MemoryPlan:
     arena: int
     least: int
     """The smallest arena that will do."""
+    sending: int = 0
+    """Parts of a shard on their way to the output's store."""
 
     @property
     def projected(self) -> int:
-        return self.reserved + SLACK + self.blocks + self.windows + self.gathered + self.arena
+        fixed = self.reserved + SLACK + self.blocks + self.windows + self.gathered
+        return fixed + self.sending + self.arena
 
 
 def bare_process() -> int:
@@ -128,14 +132,16 @@ def largest_need(needs: Iterable[Need]) -> Need:
     return Need(block, gathered, resident, largest, streamed)
 
 
-def plan_memory(need: Need, *, allowed: int, threads: int, reserved: int) -> MemoryPlan:
+def plan_memory(
+    need: Need, *, allowed: int, threads: int, reserved: int, sending: int = 0
+) -> MemoryPlan:
     """Share out a worker's budget.
 
     Raises
         MemoryBudgetError: with what would be enough.
     """
     blocks, windows = need.block * threads, WINDOWS * WINDOW
-    fixed = reserved + SLACK + blocks + windows + need.gathered
+    fixed = reserved + SLACK + blocks + windows + need.gathered + sending
     # A ring buffer always has room for half its size, wherever its head stands; inputs are
     # aligned in it.
     least = 2 * (max(need.resident, 2 * need.streamed) + MiB)
@@ -144,7 +150,8 @@ def plan_memory(need: Need, *, allowed: int, threads: int, reserved: int) -> Mem
         raise MemoryBudgetError(
             f"A worker would need {_mib(fixed + least)}, and {_mib(allowed)} are allowed.",
             f"bare process {_mib(reserved)}, blocks of {threads} thread(s) {_mib(blocks)}, "
-            f"output {_mib(windows)}, whole tensors {_mib(need.gathered)}, inputs {_mib(least)}",
+            f"output {_mib(windows + sending)}, whole tensors {_mib(need.gathered)}, "
+            f"inputs {_mib(least)}",
             *(
                 ["a method that sees whole tensors needs them in memory; blocks=True frees it"]
                 if need.gathered
@@ -152,9 +159,8 @@ def plan_memory(need: Need, *, allowed: int, threads: int, reserved: int) -> Mem
             ),
             fix=f"--allowed-mem {-(-(fixed + least) // MiB) + 16}MiB",
         )
-    return MemoryPlan(
-        allowed, reserved, blocks, windows, need.gathered, min(useful, allowed - fixed), least
-    )
+    arena = min(useful, allowed - fixed)
+    return MemoryPlan(allowed, reserved, blocks, windows, need.gathered, arena, least, sending)
 
 
 def fitted(plan: MemoryPlan, reserved: int) -> MemoryPlan:

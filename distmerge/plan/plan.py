@@ -106,6 +106,7 @@ def make_plan(
     allowed_mem: int,
     reserved: int | None = None,
     besides: int = 0,
+    sending: int = 0,
     workers: int = 1,
     threads: int = 1,
     max_shard_size: int | None = None,
@@ -115,7 +116,8 @@ def make_plan(
     """Plan a merge, or as much of it as `keys` needs.
 
     allowed_mem, reserved: bytes of one worker process, and those that it takes before it merges:
-    what this one does and `besides`, if None. workers is recorded, threads are those of each
+    what this one does and `besides`, if None. sending: what the output's store holds of a shard.
+    workers is recorded, threads are those of each
     process.
 
     Raises
@@ -141,7 +143,9 @@ def make_plan(
     need = largest_need(_need(task, inputs) for task in outputs)
     if reserved is None:  # now that methods, kernels and the plan itself are in memory
         reserved = bare_process() + besides
-    memory = plan_memory(need, allowed=allowed_mem, threads=threads, reserved=reserved)
+    memory = plan_memory(
+        need, allowed=allowed_mem, threads=threads, reserved=reserved, sending=sending
+    )
     return Plan(
         request=request,
         inputs=inputs,

@@ -101,7 +101,7 @@ def merge(what: Any, out: str, *, listener: Listener = silent, **options: Any) -
     request = as_request(what, settings)
     output = open_output(out, request.storage_options, pull_request=settings.pull_request)
     published = look(output)
-    decided = plan_request(request, settings)
+    decided = plan_request(request, settings, sending=output.buffers)
     output.begin(decided.digest)
     if published.holds(decided.digest):
         published = look(output)  # now with what an earlier run may have left
@@ -153,9 +153,11 @@ def plan(what: Any, out: str | None = None, **options: Any) -> Plan:
     """
     settings = MergeOptions(**options)
     request = as_request(what, settings)
-    decided = plan_request(request, settings)
+    output = None
     if out is not None:
         output = open_output(out, request.storage_options, pull_request=settings.pull_request)
+    decided = plan_request(request, settings, sending=output.buffers if output else 0)
+    if output is not None:
         published = look(output)
         if not published.holds(decided.digest):
             _check_place(decided, output, published, settings)
@@ -202,8 +204,11 @@ def _dtype(name: str | None) -> str | None:
     return parse_dtype(name)
 
 
-def plan_request(request: MergeRequest, settings: MergeOptions) -> Plan:
-    """Plan under the options' memory, workers and shard size."""
+def plan_request(request: MergeRequest, settings: MergeOptions, *, sending: int = 0) -> Plan:
+    """Plan under the options' memory, workers and shard size.
+
+    sending: what the output's store holds in memory of a shard that is written.
+    """
     if settings.engine not in ("local", "ray"):
         raise RecipeError(f"There is no engine {settings.engine!r}.", fix="--engine local, or ray")
     if settings.workers is not None and settings.workers < 1:
@@ -217,6 +222,7 @@ def plan_request(request: MergeRequest, settings: MergeOptions) -> Plan:
         request,
         allowed_mem=parse_size(settings.allowed_mem),
         besides=RAY if settings.engine == "ray" else 0,
+        sending=sending,
         workers=settings.processes * settings.threads,
         threads=settings.threads,
         max_shard_size=None

@@ -11,8 +11,9 @@ from distmerge.checkpoints.retry import DEFAULT_POLICY, RetryPolicy, retrying
 from distmerge.checkpoints.store import PendingFile, StorageOptions
 from distmerge.checkpoints.tensors import FileInfo
 from distmerge.errors import CheckpointError, OutputError, ReadFailed
-from distmerge.write.fsspec_pending import PendingRename, PendingUpload, explain_output
+from distmerge.write.fsspec_pending import PendingRename, explain_output
 from distmerge.write.local_output import checked_path, is_temporary
+from distmerge.write.s3_upload import HELD, PART, PendingUpload, abort_uploads
 
 LARGEST_COPY = 5 * 2**30
 """Bytes that S3 copies by one request."""
@@ -36,10 +37,11 @@ class FsspecOutput:
         self.root = root
         self._policy = policy
         try:
-            self._fs, self._base = open_filesystem(root, storage_options, own_retries=True)
+            self._fs, self._base = open_filesystem(root, storage_options, own_retries=False)
         except CheckpointError as error:
             raise OutputError(error.headline, *error.facts, fix=error.fix) from error
         self._is_s3 = is_s3(self._fs)
+        self.buffers = HELD * PART if self._is_s3 else PART
 
     def begin(self, digest: str) -> None:
         """Nothing to do: merges are told apart by their receipts."""
@@ -110,7 +112,7 @@ class FsspecOutput:
         full = self._path(path)
         place = redact(f"{self.root}/{path}")
         if self._is_s3:
-            return PendingUpload(self._fs, full, place)
+            return PendingUpload(self._fs, full, place, self._policy)
         return PendingRename(self._fs, full, place)
 
     def delete(self, path: str) -> None:
@@ -150,7 +152,7 @@ class FsspecOutput:
         output's lease: another run's are not told apart.
         """
         if self._is_s3:
-            return self._asking(self._abort_uploads)
+            return self._asking(lambda: abort_uploads(self._fs, self._base))
         found = self._asking(lambda: list_files(self._fs, self._base))
         leftovers = [name for name in found if is_temporary(name)]
         for name in leftovers:
@@ -165,14 +167,6 @@ class FsspecOutput:
         to_bucket, to_key, _ = self._fs.split_path(target)
         copied = {"Bucket": bucket, "Key": key}
         self._fs.call_s3("copy_object", Bucket=to_bucket, Key=to_key, CopySource=copied)
-
-    def _abort_uploads(self) -> int:
-        bucket, prefix, _ = self._fs.split_path(self._base)
-        below = f"{prefix.rstrip('/')}/" if prefix else ""
-        found = [u for u in self._fs.list_multipart_uploads(bucket) if u["Key"].startswith(below)]
-        for upload in found:
-            self._fs.abort_mpu(bucket, upload["Key"], upload["UploadId"])
-        return len(found)
 
     def _path(self, path: str) -> str:
         return f"{self._base.rstrip('/')}/{checked_path(path)}"

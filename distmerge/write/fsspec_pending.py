@@ -1,7 +1,6 @@
 """The boundary between a file being written and fsspec's files, which publish when they close.
 
-Here nothing is published but by `commit`: on S3 the multipart upload is completed then, elsewhere
-the file gets its own name then.
+Here the file gets its own name by `commit` alone. S3 has better: see `s3_upload`.
 """
 
 from __future__ import annotations
@@ -14,59 +13,6 @@ from distmerge.checkpoints.fsspec_store import explain_fsspec
 from distmerge.checkpoints.location import redact
 from distmerge.errors import OutputError
 from distmerge.write.local_output import temporary_name
-
-PART = 16 * 2**20
-"""Bytes of one part of a multipart upload, of which S3 takes 10,000. A writer holds up to three
-times that."""
-
-
-class PendingUpload:
-    """A multipart upload that is completed by `commit` alone."""
-
-    def __init__(self, fs: Any, path: str, place: str) -> None:
-        self._place = place
-        self._done = False
-        # S3File copies what it is given, so the caller's buffer is free after each write.
-        self._file = fs.open(path, "wb", block_size=PART, autocommit=False)
-
-    def write(self, data: memoryview) -> None:
-        """Append all of `data`; full parts are sent on the way."""
-        self._doing(lambda: self._file.write(data.cast("B")))
-
-    def commit(self) -> None:
-        """Send the last part and complete the upload."""
-        try:
-            self._doing(self._finish)
-        except BaseException:
-            # The first failure is the one to tell; remove_temporaries finds what is left.
-            with suppress(OutputError):
-                self.discard()
-            raise
-        self._done = True
-
-    def discard(self) -> None:
-        """Abort the upload, so that its parts don't linger."""
-        if self._done:
-            return
-        self._done = True
-        self._file.forced = True  # closing must not send what is buffered
-        self._file.close()
-        self._doing(self._file.discard)
-
-    def __del__(self) -> None:
-        # Forgotten: what is buffered must not be sent while Python cleans up.
-        if hasattr(self, "_file"):
-            self._file.closed = True
-
-    def _finish(self) -> None:
-        self._file.close()
-        self._file.commit()
-
-    def _doing(self, action: Callable[[], object]) -> None:
-        try:
-            action()
-        except Exception as error:
-            raise _failed(self._place, error) from error
 
 
 class PendingRename:

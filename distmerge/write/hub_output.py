@@ -46,6 +46,8 @@ class HubOutput:
 
     heartbeat = 120.0
     spools = True
+    buffers = 64 << 20
+    """What huggingface_hub's own uploads hold."""
 
     def __init__(
         self,

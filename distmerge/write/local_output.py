@@ -23,6 +23,7 @@ class LocalOutput:
 
     heartbeat = 10.0
     spools = False
+    buffers = 0
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = os.path.abspath(root)

@@ -18,6 +18,11 @@ from distmerge.write.shard import STAGING
 _WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors$")
 
 
+def is_weights(path: str) -> bool:
+    """Whether a merge gives one of its shards that name."""
+    return _WEIGHTS.fullmatch(path) is not None
+
+
 @dataclass(frozen=True, slots=True)
 class Published:
     """What lies in an output before a run."""
@@ -127,7 +132,7 @@ def clear_stale(output: OutputStore, digest: str, shards: Collection[str]) -> No
         if path != LEASE_FILE and not path.startswith(f"{STAGING}/{digest}/"):
             output.delete(path)
     for path in output.list():
-        if _WEIGHTS.fullmatch(path) and path not in shards:
+        if is_weights(path) and path not in shards:
             output.delete(path)
 
 

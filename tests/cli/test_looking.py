@@ -23,7 +23,7 @@ def test_help_is_there_at_once_and_loads_nothing_heavy():
         spent = after.children_user - before.children_user
         times.append(spent + after.children_system - before.children_system)
         assert process.returncode == 0, err
-    for name in ("merge", "plan", "inspect", "verify", "methods", "demo"):
+    for name in ("merge", "plan", "inspect", "verify", "clean", "methods", "demo"):
         assert f"\n  {name} " in out
     assert min(times) < 0.5, "seconds of processor time, so that a busy machine is no excuse"
 

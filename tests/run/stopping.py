@@ -10,23 +10,24 @@ import os
 import re
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from distmerge.write import (
     fsspec_output,
-    fsspec_pending,
     hub_output,
     hub_repository,
     local_output,
+    s3_upload,
 )
 
 CLASSES = {
     "LocalOutput": local_output.LocalOutput,
     "PendingLocalFile": local_output.PendingLocalFile,
     "FsspecOutput": fsspec_output.FsspecOutput,
-    "PendingUpload": fsspec_pending.PendingUpload,
+    "PendingUpload": s3_upload.PendingUpload,
     "HubOutput": hub_output.HubOutput,
     "HubRepository": hub_repository.HubRepository,
 }
@@ -41,7 +42,9 @@ def run_until(
     (`LocalOutput.write_bytes`) on a path that fits a pattern. Its exit code; `marker` is written
     if it got there.
     """
-    process = PROCESSES.Process(target=_run, args=(call, path, nth, marker, work, args))
+    process = PROCESSES.Process(
+        target=_run, args=(call, path, nth, marker, work, args, dict(os.environ))
+    )
     process.start()
     process.join()
     assert process.exitcode is not None
@@ -49,8 +52,16 @@ def run_until(
 
 
 def _run(
-    call: str, path: str, nth: int, marker: Path, work: Callable[..., None], args: tuple[Any, ...]
+    call: str,
+    path: str,
+    nth: int,
+    marker: Path,
+    work: Callable[..., None],
+    args: tuple[Any, ...],
+    environment: dict[str, str],
 ) -> None:
+    os.environ.update(environment)  # the server's is of when it was started
+    tempfile.tempdir = None
     _stop_at(call, path, nth, marker)
     work(*args)
 

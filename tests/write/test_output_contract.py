@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -16,7 +17,7 @@ from servers.faulty_proxy import FaultyProxy, Rule
 
 from distmerge.checkpoints.retry import RetryPolicy
 from distmerge.errors import OutputError
-from distmerge.write import fsspec_pending, local_output
+from distmerge.write import local_output, s3_upload
 from distmerge.write.fsspec_output import FsspecOutput
 from distmerge.write.hub_output import HubOutput
 from distmerge.write.output import open_output
@@ -29,7 +30,7 @@ BIG = bytes(range(251)) * (2 * PART // 251 + 100)
 
 @pytest.fixture(autouse=True)
 def _small_parts(monkeypatch):
-    monkeypatch.setattr(fsspec_pending, "PART", PART)
+    monkeypatch.setattr(s3_upload, "PART", PART)
 
 
 def write(output: Any, path: str, data: bytes, step: int = 3_000_001) -> Any:
@@ -329,6 +330,38 @@ class TestS3Output(OutputContract):
             write(output, "model.safetensors", BIG).commit()
             assert proxy.faults
         assert open_output(url, s3.storage_options).read_bytes("model.safetensors") == BIG
+
+    def test_an_answer_that_got_lost_is_looked_for(self, url, s3):
+        lost = Rule(faults.Reset(), "uploadId", "POST", nth=1)
+        with FaultyProxy(s3.endpoint, [lost]) as proxy:
+            self.options["client_kwargs"]["endpoint_url"] = proxy.url
+            write(FsspecOutput(url, self.options, policy=QUICK), "m.safetensors", BIG).commit()
+            assert len(proxy.faults) == 1
+        assert open_output(url, s3.storage_options).read_bytes("m.safetensors") == BIG
+
+    def test_parts_are_sent_side_by_side_and_not_too_many(self, url, s3):
+        with FaultyProxy(s3.endpoint, [Rule(faults.Slow(0.5), "partNumber", "PUT")]) as proxy:
+            self.options["client_kwargs"]["endpoint_url"] = proxy.url
+            pending = FsspecOutput(url, self.options, policy=QUICK).open_write("m.safetensors")
+            part = memoryview(bytes(PART))
+            begin, sent = time.monotonic(), []
+            for _ in range(8):
+                pending.write(part)
+                sent.append(time.monotonic() - begin)
+            pending.commit()
+            assert time.monotonic() - begin < 8 * 0.5
+            assert sent[s3_upload.IN_FLIGHT] - sent[0] > 0.4  # the fifth waits for a first
+        assert open_output(url, s3.storage_options).list()["m.safetensors"].size == 8 * PART
+
+    def test_a_part_that_fails_for_good_leaves_no_upload(self, url, s3):
+        rule = Rule(faults.Unavailable(503), "partNumber=2", "PUT")
+        with FaultyProxy(s3.endpoint, [rule]) as proxy:
+            self.options["client_kwargs"]["endpoint_url"] = proxy.url
+            pending = write(FsspecOutput(url, self.options, policy=QUICK), "m.safetensors", BIG)
+            with pytest.raises(OutputError, match="Could not write") as caught:
+                pending.commit()
+            assert "3 attempts" in str(caught.value)
+        assert self.raw_names() == set()
 
     def test_a_completion_that_fails_publishes_nothing(self, url, s3):
         rule = Rule(faults.Unavailable(403), "uploadId", "POST")

@@ -1,0 +1,68 @@
+"""What a killed run left in an output, and its removal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from distmerge.checkpoints.store import OutputStore, StorageOptions
+from distmerge.write.index import INDEX_FILE, SINGLE_FILE
+from distmerge.write.lease import LEASE_FILE, lease
+from distmerge.write.manifest import MANIFEST_FILE, Manifest
+from distmerge.write.output import open_output
+from distmerge.write.publish import clean_staging, is_weights
+from distmerge.write.shard import STAGING
+
+
+@dataclass(frozen=True, slots=True)
+class Cleaned:
+    """What was removed."""
+
+    files: tuple[str, ...]
+    """Receipts, staged and finished shards of a model that was never published."""
+    unfinished: int
+    """Temporary files, uploads that were never completed, working branches."""
+
+
+def clean(out: str, *, storage_options: StorageOptions | None = None) -> Cleaned:
+    """Remove what killed runs left at `out`; what is published stays, and so does what no run of
+    distmerge has written.
+
+    Raises
+        OutputLocked: a run is writing there.
+        OutputError: the place can't be reached or written.
+    """
+    output = open_output(out, storage_options)
+    began = output.exists(LEASE_FILE)
+    if not began and not output.list():
+        return Cleaned((), output.remove_temporaries())  # nothing to hold a lease in
+    with lease(output):
+        files = output.list()
+        stale = sorted(leftovers(output, files, began=began))
+        for path in stale:
+            output.delete(path)
+        unfinished = output.remove_temporaries()
+        clean_staging(output)
+    return Cleaned(tuple(stale), unfinished)
+
+
+def leftovers(output: OutputStore, files: Iterable[str], *, began: bool) -> set[str]:
+    """Files of runs that didn't end.
+
+    began: whether a run's lease was there; else its receipts tell that one has begun.
+    """
+    staged = {path for path in files if path.startswith(f"{STAGING}/")} - {LEASE_FILE}
+    if not staged and not began:
+        return set()
+    if SINGLE_FILE in files:
+        named = {SINGLE_FILE}
+    elif INDEX_FILE in files:
+        named = set(json.loads(output.read_bytes(INDEX_FILE))["weight_map"].values())
+    else:
+        named = set()
+    stale = staged | {path for path in files if is_weights(path) and path not in named}
+    if not named and MANIFEST_FILE in files:
+        written = Manifest.from_json(output.read_bytes(MANIFEST_FILE)).files
+        stale |= {MANIFEST_FILE, *(path for path in written if path in files)}
+    return stale

@@ -1,0 +1,147 @@
+"""`distmerge clean` after killed runs, on this disk, on S3 and on the Hub."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run.family import names_below, save_model
+from run.merging import SMALL, small_models
+from run.stopping import merge, run_until
+
+import distmerge
+from distmerge.errors import OutputLocked
+from distmerge.run.events import Event
+from distmerge.write.clean import clean
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("small")
+    models = [save_model(m, folder / str(i)) for i, m in enumerate(small_models(2))]
+    named = [{"model": model} for model in models]
+    return {"merge_method": "linear", "models": named, "parameters": {"weight": 1.0}}
+
+
+class Place:
+    """Where a merge goes, and how to look at it past our own code."""
+
+    def __init__(self, url: str, names: Any, options: dict[str, Any]) -> None:
+        self.url = url
+        self.names = names
+        self.options = options
+
+
+@pytest.fixture(params=["local", "s3", "hub"])
+def place(request, tmp_path, monkeypatch) -> Iterator[Place]:
+    name = f"clean-{uuid.uuid4().hex[:8]}"
+    (tmp_path / "space").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "space"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "space"))
+    if request.param == "local":
+        out = tmp_path / "out"
+        yield Place(str(out), lambda: names_below(out), {})
+    elif request.param == "s3":
+        s3 = request.getfixturevalue("s3")
+
+        def keys() -> set[str]:
+            found = [*s3.keys(f"{name}/"), *s3.unfinished_uploads(f"{name}/")]
+            return {key.removeprefix(f"{name}/") for key in found}
+
+        yield Place(s3.url(name), keys, {"storage_options": s3.storage_options})
+    else:
+        hub = request.getfixturevalue("hub")
+        monkeypatch.setenv("HF_TOKEN", hub.token)
+
+        def all_names() -> set[str]:
+            assert list((tmp_path / "space").glob("distmerge-*")) == []
+            branches = hub.branches(f"org/{name}")
+            found = {f"branch {branch}" for branch in branches if branch != "main"}
+            return found | set(hub.files(f"org/{name}")) - {".gitattributes"}
+
+        yield Place(f"hf://org/{name}", all_names, {})
+        hub.remove_repo(f"org/{name}")
+
+
+CALLS = {
+    "local": ("LocalOutput.write_bytes", r"\.distmerge/.*/model-.*\.json$", 3),
+    "s3": ("FsspecOutput.write_bytes", r"\.distmerge/.*/model-.*\.json$", 3),
+    "hub": ("HubOutput.write_bytes", r"\.distmerge/.*/model-.*\.json$", 3),
+}
+
+
+def kind(place: Place) -> str:
+    return {"s3": "s3", "hf": "hub"}.get(place.url.partition("://")[0], "local")
+
+
+def test_a_killed_runs_leftovers_go_and_what_is_published_stays(place, recipe, tmp_path):
+    options: dict[str, Any] = {"max_shard_size": SMALL, **place.options}
+    stop = CALLS[kind(place)]
+    marker = tmp_path / "marker"
+    assert run_until(*stop, marker, merge, recipe, place.url, options) == -signal.SIGKILL
+    assert place.names()
+    found = clean(place.url, **place.options)
+    shards = len([name for name in found.files if name.startswith("model-")])
+    assert found.unfinished == 1 if kind(place) == "hub" else shards >= 2
+    assert place.names() == set()
+    assert clean(place.url, **place.options) == clean(place.url, **place.options)
+
+    distmerge.merge(recipe, place.url, **options)
+    published = place.names()
+    assert clean(place.url, **place.options).files == ()
+    assert place.names() == published
+    # A merge that replaces it, killed on its way.
+    options["overwrite"] = True
+    changed = {**recipe, "parameters": {"weight": 0.5, "normalize": False}}
+    assert run_until(*stop, marker, merge, changed, place.url, options) == -signal.SIGKILL
+    clean(place.url, **place.options)
+    assert place.names() == (published if kind(place) == "hub" else set())
+
+
+def test_a_living_run_is_not_disturbed(place, recipe):
+    def look(event: Event) -> None:
+        if event.kind == "unit":
+            with pytest.raises(OutputLocked, match="Another run is writing"):
+                clean(place.url, **place.options)
+
+    distmerge.merge(recipe, place.url, max_shard_size=SMALL, listener=look, **place.options)
+
+
+def test_orphaned_uploads_are_aborted_and_others_kept(s3):
+    name = f"clean-{uuid.uuid4().hex[:8]}"
+    client = s3.client()
+    for key in (f"{name}/out/model.safetensors", f"{name}/out-2/model.safetensors"):
+        client.create_multipart_upload(Bucket=s3.bucket, Key=key)
+    found = clean(s3.url(f"{name}/out"), storage_options=s3.storage_options)
+    assert (found.files, found.unfinished) == ((), 1)
+    assert s3.unfinished_uploads(name) == [f"{name}/out-2/model.safetensors"]
+
+
+def test_a_persons_own_files_are_not_touched(tmp_path):
+    own = {"model-00001-of-00002.safetensors", "notes.txt"}
+    for name in own:
+        (tmp_path / name).write_bytes(b"mine")
+    assert clean(str(tmp_path)).files == ()
+    assert names_below(tmp_path) == own
+    nowhere = tmp_path / "not" / "there"
+    assert clean(str(nowhere)).files == ()
+    assert not nowhere.exists()
+
+
+def test_on_the_command_line(recipe, tmp_path):
+    out, marker = tmp_path / "out", tmp_path / "marker"
+    options: dict[str, Any] = {"max_shard_size": SMALL}
+    assert run_until(*CALLS["local"], marker, merge, recipe, str(out), options)
+    run = [sys.executable, "-m", "distmerge.cli", "clean", str(out), "--json"]
+    told = subprocess.run(run, capture_output=True, check=True)
+    assert len(json.loads(told.stdout)["files"]) >= 4
+    assert names_below(out) == set()
+    again = subprocess.run(run[:-1], capture_output=True, text=True, check=True)
+    assert again.stdout == f"{Path(out)}: 0 files and 0 unfinished things removed.\n"
