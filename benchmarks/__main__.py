@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks import limits
 from benchmarks.bench import Bench, find_mergekit
 from benchmarks.comparisons import gpt2_row, method_row
+from benchmarks.link import link_row
 from benchmarks.machine import commit, describe
 from benchmarks.mergekit_env import versions
 from benchmarks.recipes import WORKS
@@ -35,6 +36,7 @@ ROWS: dict[str, Row] = {
     "large-tensor": limits.large_tensor_row,
     "7b": limits.seven_billion_row,
     "scaling": scaling_row,
+    "link": link_row,
 }
 """In the order of the tables."""
 

@@ -42,8 +42,6 @@ class RangeClient:
             SourceChanged: what is there has another size.
             ShortRead: the body ended early. urllib3's errors come as they are.
         """
-        import urllib3
-
         response = self._pool(url).request(
             "GET",
             url,
@@ -53,7 +51,7 @@ class RangeClient:
                 "Accept-Encoding": "identity",
             },
             preload_content=False,
-            retries=urllib3.Retry(connect=0, read=0, redirect=5, status=0, other=0),
+            retries=_only_redirects(),
         )
         try:
             skip = _bytes_before(response, url, start, size)
@@ -83,6 +81,15 @@ class RangeClient:
             if proxy not in self._pools:
                 self._pools[proxy] = _new_pool(proxy)
             return self._pools[proxy]
+
+
+def _only_redirects() -> urllib3.Retry:
+    """Failures are retried by the caller, Retry-After included."""
+    import urllib3
+
+    return urllib3.Retry(
+        connect=0, read=0, redirect=5, status=0, other=0, respect_retry_after_header=False
+    )
 
 
 def _new_pool(proxy: str) -> urllib3.PoolManager:

@@ -461,6 +461,8 @@ class TestHubStore(StoreContract):
         "fault",
         [
             faults.Unavailable(503),
+            faults.Unavailable(503, retry_after=0),
+            faults.Unavailable(429, retry_after=0),
             faults.Reset(after_bytes=1000),
             faults.Truncate(after_bytes=1000),
             faults.Shorten(to_bytes=1000),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from run.family import Family, make_family
+from run.places import place as place
 
 
 @pytest.fixture(scope="session")

@@ -7,13 +7,13 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from run.family import names_below, save_model
 from run.merging import SMALL, small_models
+from run.places import BEFORE_A_RECEIPT
 from run.stopping import merge, run_until
 
 import distmerge
@@ -30,66 +30,15 @@ def recipe(tmp_path_factory) -> dict[str, Any]:
     return {"merge_method": "linear", "models": named, "parameters": {"weight": 1.0}}
 
 
-class Place:
-    """Where a merge goes, and how to look at it past our own code."""
-
-    def __init__(self, url: str, names: Any, options: dict[str, Any]) -> None:
-        self.url = url
-        self.names = names
-        self.options = options
-
-
-@pytest.fixture(params=["local", "s3", "hub"])
-def place(request, tmp_path, monkeypatch) -> Iterator[Place]:
-    name = f"clean-{uuid.uuid4().hex[:8]}"
-    (tmp_path / "space").mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "space"))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "space"))
-    if request.param == "local":
-        out = tmp_path / "out"
-        yield Place(str(out), lambda: names_below(out), {})
-    elif request.param == "s3":
-        s3 = request.getfixturevalue("s3")
-
-        def keys() -> set[str]:
-            found = [*s3.keys(f"{name}/"), *s3.unfinished_uploads(f"{name}/")]
-            return {key.removeprefix(f"{name}/") for key in found}
-
-        yield Place(s3.url(name), keys, {"storage_options": s3.storage_options})
-    else:
-        hub = request.getfixturevalue("hub")
-        monkeypatch.setenv("HF_TOKEN", hub.token)
-
-        def all_names() -> set[str]:
-            assert list((tmp_path / "space").glob("distmerge-*")) == []
-            branches = hub.branches(f"org/{name}")
-            found = {f"branch {branch}" for branch in branches if branch != "main"}
-            return found | set(hub.files(f"org/{name}")) - {".gitattributes"}
-
-        yield Place(f"hf://org/{name}", all_names, {})
-        hub.remove_repo(f"org/{name}")
-
-
-CALLS = {
-    "local": ("LocalOutput.write_bytes", r"\.distmerge/.*/model-.*\.json$", 3),
-    "s3": ("FsspecOutput.write_bytes", r"\.distmerge/.*/model-.*\.json$", 3),
-    "hub": ("HubOutput.write_bytes", r"\.distmerge/.*/model-.*\.json$", 3),
-}
-
-
-def kind(place: Place) -> str:
-    return {"s3": "s3", "hf": "hub"}.get(place.url.partition("://")[0], "local")
-
-
 def test_a_killed_runs_leftovers_go_and_what_is_published_stays(place, recipe, tmp_path):
     options: dict[str, Any] = {"max_shard_size": SMALL, **place.options}
-    stop = CALLS[kind(place)]
+    stop = place.before_a_receipt
     marker = tmp_path / "marker"
     assert run_until(*stop, marker, merge, recipe, place.url, options) == -signal.SIGKILL
     assert place.names()
     found = clean(place.url, **place.options)
     shards = len([name for name in found.files if name.startswith("model-")])
-    assert found.unfinished == 1 if kind(place) == "hub" else shards >= 2
+    assert found.unfinished == 1 if place.kind == "hub" else shards >= 2
     assert place.names() == set()
     assert clean(place.url, **place.options) == clean(place.url, **place.options)
 
@@ -102,7 +51,7 @@ def test_a_killed_runs_leftovers_go_and_what_is_published_stays(place, recipe, t
     changed = {**recipe, "parameters": {"weight": 0.5, "normalize": False}}
     assert run_until(*stop, marker, merge, changed, place.url, options) == -signal.SIGKILL
     clean(place.url, **place.options)
-    assert place.names() == (published if kind(place) == "hub" else set())
+    assert place.names() == (published if place.kind == "hub" else set())
 
 
 def test_a_living_run_is_not_disturbed(place, recipe):
@@ -138,7 +87,7 @@ def test_a_persons_own_files_are_not_touched(tmp_path):
 def test_on_the_command_line(recipe, tmp_path):
     out, marker = tmp_path / "out", tmp_path / "marker"
     options: dict[str, Any] = {"max_shard_size": SMALL}
-    assert run_until(*CALLS["local"], marker, merge, recipe, str(out), options)
+    assert run_until(*BEFORE_A_RECEIPT["local"], marker, merge, recipe, str(out), options)
     run = [sys.executable, "-m", "distmerge.cli", "clean", str(out), "--json"]
     told = subprocess.run(run, capture_output=True, check=True)
     assert len(json.loads(told.stdout)["files"]) >= 4
