@@ -6,10 +6,12 @@ worker's commit comes in between.
 
 from __future__ import annotations
 
+import queue
 import re
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from distmerge.checkpoints.hub_account import HubAccount
 from distmerge.checkpoints.location import HUB_SCHEME, locate, redact
@@ -25,6 +27,10 @@ MAIN = "main"
 """The branch that is meant where none is named."""
 _TAKEN = (409, 412)
 """What the Hub answers to one of two commits that come at once."""
+
+
+PATIENCE = 300.0
+"""Seconds for any request but an upload: huggingface_hub itself would wait for ever."""
 
 
 class BranchBusy(ConnectionError):
@@ -135,7 +141,7 @@ class HubRepository:
         def send() -> None:
             self._api.preupload_lfs_files(self.name, [addition], revision=branch)
 
-        self._asking(send)
+        self._asking(send, limited=False)
 
     def commit(
         self,
@@ -180,11 +186,11 @@ class HubRepository:
             if not isinstance(error.__cause__, errors.EntryNotFoundError):
                 raise
 
-    def _asking(self, action: Callable[[], Answer]) -> Answer:
+    def _asking(self, action: Callable[[], Answer], *, limited: bool = True) -> Answer:
         place = HUB_SCHEME + self.name
         try:
             return retrying(
-                action,
+                lambda: _within(PATIENCE, action) if limited else action(),
                 what=place,
                 explain=lambda error: explain_writing(error, place),
                 policy=self._policy,
@@ -215,6 +221,26 @@ def explain_writing(error: Exception, place: str) -> OutputError | None:
             fix="hf auth login, or set HF_TOKEN to a token with write access to it",
         )
     return None
+
+
+def _within(seconds: float, action: Callable[[], Answer]) -> Answer:
+    """The answer of `action`, or TimeoutError; it is left alone then."""
+    answers: queue.SimpleQueue[tuple[Answer | None, BaseException | None]] = queue.SimpleQueue()
+
+    def act() -> None:
+        try:
+            answers.put((action(), None))
+        except BaseException as error:
+            answers.put((None, error))
+
+    threading.Thread(target=act, name="distmerge-hub", daemon=True).start()
+    try:
+        answer, error = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer in {seconds:.0f} s") from None
+    if error is not None:
+        raise error
+    return cast(Answer, answer)
 
 
 def _or_none(action: Callable[[], Answer]) -> Answer | None:

@@ -6,6 +6,7 @@ faster waits. Nothing is published but by `commit`, and a failure leaves no part
 
 from __future__ import annotations
 
+import io
 import queue
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -20,10 +21,38 @@ PART = 16 * 2**20
 """Bytes of one part, of which S3 takes 10,000."""
 IN_FLIGHT = 4
 """Parts that are sent at once."""
-HELD = 2 * IN_FLIGHT + 1
-"""Parts in memory: one being filled, those in flight, and the network library's copies of them."""
+HELD = IN_FLIGHT + 2
+"""Parts in memory: one being filled, those in flight, and the pieces of them on their way out."""
 
 Answer = TypeVar("Answer")
+
+
+class _Reader(io.RawIOBase):
+    """A part as a file: the network library sends a file in pieces, and copies bytes twice."""
+
+    def __init__(self, part: bytes | bytearray) -> None:
+        self._view = memoryview(part)
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._view)}[whence]
+        self._at = start + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self._view[self._at : self._at + len(buffer)]
+        buffer[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
 
 
 class PendingUpload:
@@ -115,7 +144,9 @@ class PendingUpload:
 
     def _upload_part(self, number: int, part: bytes | bytearray) -> None:
         answer = self._asking(
-            lambda: self._call("upload_part", PartNumber=number, UploadId=self._upload, Body=part)
+            lambda: self._call(
+                "upload_part", PartNumber=number, UploadId=self._upload, Body=_Reader(part)
+            )
         )
         self._tags[number] = answer["ETag"]
         if isinstance(part, bytearray):

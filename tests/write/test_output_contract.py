@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
+import subprocess
+import sys
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -352,6 +355,31 @@ class TestS3Output(OutputContract):
             assert time.monotonic() - begin < 8 * 0.5
             assert sent[s3_upload.IN_FLIGHT] - sent[0] > 0.4  # the fifth waits for a first
         assert open_output(url, s3.storage_options).list()["m.safetensors"].size == 8 * PART
+
+    @pytest.mark.full
+    def test_memory_stays_within_what_is_planned(self, url, s3, monkeypatch):
+        monkeypatch.setattr(s3_upload, "PART", 16 << 20)
+        code = """
+import json, resource, sys
+from distmerge.write.output import open_output
+output = open_output(sys.argv[1], json.loads(sys.argv[2]))
+output.write_bytes("warm", b"up")
+part = memoryview(bytes(1 << 20))
+def peak():
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) << 10
+before = peak()
+pending = output.open_write("model.safetensors")
+for _ in range(400):
+    pending.write(part)
+pending.commit()
+print(output.buffers, peak() - before)
+"""
+        command = [sys.executable, "-c", code, url, json.dumps(self.options)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        planned, measured = map(int, ran.stdout.split())
+        assert measured <= planned, (measured, planned)
+        assert planned == 6 * (16 << 20)
 
     def test_a_part_that_fails_for_good_leaves_no_upload(self, url, s3):
         rule = Rule(faults.Unavailable(503), "partNumber=2", "PUT")
