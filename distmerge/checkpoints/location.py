@@ -4,14 +4,15 @@
     legal/model.safetensors    one file               hf://org/name@rev      the Hub
     legal/model.safetensors.index.json                org/name, gpt2@main    the Hub, for short
 
-What exists on disk wins over a Hub id of the same spelling.
+What exists on disk wins over a Hub id of the same spelling. `base+adapter` is a model with a LoRA
+adapter, each named in one of these ways.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote
@@ -23,6 +24,7 @@ INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 HUB_SCHEME = "hf://"
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|[a-z0-9]+::")
+_SECOND_URL = re.compile(r"(?<=.)\+(?=[A-Za-z][A-Za-z0-9.-]+://)")
 _REPO_NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 _BARE_ID = re.compile(rf"(?P<repo>{_REPO_NAME}(?:/{_REPO_NAME})?)(?:@(?P<revision>.+))?")
 _SLASHED_REVISION = re.compile(r"(?P<revision>refs/(?:pr|convert)/[^/]+)(?:/(?P<inside>.*))?")
@@ -48,6 +50,8 @@ class Location:
     """The Hub revision that was asked for."""
     bare: bool = False
     """Whether it was typed like a Hub id, so that a directory may have been meant."""
+    adapter: Location | None = None
+    """A LoRA adapter that is applied to it."""
 
 
 def locate(name: str | os.PathLike[str], *, revision: str | None = None) -> Location:
@@ -62,6 +66,9 @@ def locate(name: str | os.PathLike[str], *, revision: str | None = None) -> Loca
         raise CheckpointError(
             "A model needs a name.", fix="give a directory, a file, a URL or a Hub id"
         )
+    base, adapter = split_adapter(text)
+    if adapter is not None:
+        return replace(locate(base, revision=revision), adapter=locate(adapter))
     if _SCHEME.match(text):
         return _locate_url(text, revision)
     found = _locate_path(text)
@@ -76,6 +83,31 @@ def locate(name: str | os.PathLike[str], *, revision: str | None = None) -> Loca
         )
     chosen = _one_revision(text, bare["revision"], revision)
     return Location("hub", HUB_SCHEME + bare["repo"], revision=chosen, bare=True)
+
+
+def split_adapter(name: str) -> tuple[str, str | None]:
+    """`base+adapter` as its two names; a name that exists on disk, or a URL, is taken whole.
+
+    In a URL a plus sign may be a part of the path, so that there only a second URL, as in
+    s3://bucket/base+s3://bucket/adapter, is an adapter.
+
+    Raises CheckpointError for more than one adapter.
+    """
+    if "+" not in name or os.path.exists(os.path.expanduser(name)):
+        return name, None
+    found = _SECOND_URL.search(name)
+    if found is not None:
+        base, adapter = name[: found.start()], name[found.end() :]
+    elif _SCHEME.match(name) and not name.startswith(HUB_SCHEME):
+        return name, None
+    else:
+        base, _, adapter = name.partition("+")
+    if not base or not adapter or split_adapter(adapter)[1] is not None:
+        raise CheckpointError(
+            f"{redact(name)!r} is not a model with one adapter.",
+            fix="write base+adapter, or {model: base, lora: adapter} for paths that hold a '+'",
+        )
+    return base, adapter
 
 
 def split_hub_root(root: str) -> tuple[str, str]:

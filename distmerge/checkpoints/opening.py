@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distmerge.checkpoints import safetensors_header, torch_legacy, torch_zip
+from distmerge.checkpoints.adapter import with_adapter
+from distmerge.checkpoints.adapter_config import AdapterConfig, read_adapter_config
+from distmerge.checkpoints.heads import owners_of, read_bytes, read_head, read_json
 from distmerge.checkpoints.layout import (
     LARGEST_INDEX,
     Layout,
@@ -22,31 +22,35 @@ from distmerge.checkpoints.local_store import LocalStore
 from distmerge.checkpoints.location import (
     HUB_SCHEME,
     INDEX_SUFFIXES,
+    Location,
     local_path,
     locate,
     redact,
+    split_adapter,
 )
 from distmerge.checkpoints.parallel import IN_FLIGHT
+from distmerge.checkpoints.storage_options import options_for
 from distmerge.checkpoints.store import StorageOptions, Store
-from distmerge.checkpoints.tensors import Checkpoint, FileInfo, TensorInfo
-from distmerge.errors import CheckpointNotFound, MalformedCheckpoint
+from distmerge.checkpoints.tensors import Checkpoint, FileInfo
+from distmerge.errors import CheckpointError, CheckpointNotFound, MalformedCheckpoint
 
-LARGEST_CONFIG = 10_000_000
-"""Bytes."""
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_CONFIG = "adapter_config.json"
 _MODELS_AT_ONCE = 8
-_MAGIC_BYTES = 512
 
 
 def open_checkpoint(
     name: str | os.PathLike[str],
     *,
     revision: str | None = None,
+    adapter: Location | None = None,
     storage_options: StorageOptions | None = None,
 ) -> Checkpoint:
     """Pin a model and read its headers.
 
     `name` is a directory, a weight file, an index file, an fsspec URL, hf://org/name[@revision]
-    or a bare Hub id; what exists on disk wins over a Hub id.
+    or a bare Hub id; what exists on disk wins over a Hub id. `base+adapter` is a model with a LoRA
+    adapter, which `adapter` may give apart.
 
     Raises
         CheckpointNotFound, AccessDenied: it isn't there, or isn't yours to read.
@@ -55,7 +59,47 @@ def open_checkpoint(
         ReadFailed: the network kept failing.
     """
     location = locate(name, revision=revision)
-    url = redact(os.fspath(name))
+    adapter = adapter or location.adapter
+    url = redact(split_adapter(os.fspath(name))[0])
+    found = _open_model(location, url, options_for(location.root, storage_options))
+    if adapter is None:
+        return found
+    weights, config = open_adapter(adapter, options_for(adapter.root, storage_options))
+    return with_adapter(found, weights, config)
+
+
+def open_adapter(
+    location: Location, storage_options: StorageOptions | None = None
+) -> tuple[Checkpoint, AdapterConfig]:
+    """Pin a LoRA adapter and read its headers and its adapter_config.json.
+
+    Raises
+        CheckpointError and its kinds: it isn't there, or asks for what isn't known.
+    """
+    root, revision = location.root, location.revision
+    url = root.removeprefix(HUB_SCHEME) if location.bare else redact(root)
+    url += f"@{revision}" if revision else ""
+    store = _store(root, storage_options, revision=revision, only=None)
+    try:
+        files = store.files()
+        weights = next((name for name in ADAPTER_WEIGHTS if name in files), "")
+        if not weights or ADAPTER_CONFIG not in files:
+            raise CheckpointError(
+                f"{url} is not an adapter.",
+                f"it lacks {ADAPTER_CONFIG if weights else 'adapter_model.safetensors'}",
+                fix="name the folder that peft's save_pretrained() wrote",
+            )
+        config = read_adapter_config(read_json(store, files[ADAPTER_CONFIG]), url)
+        head = read_head(store, files[weights])
+    except MalformedCheckpoint as error:
+        raise type(error)(error.headline, *error.facts, f"in {url}", fix=error.fix) from error
+    finally:
+        store.close()
+    tensors = {**head.tensors, **{a: head.tensors[k] for a, k in head.aliases.items()}}
+    return Checkpoint(url, store.root, tensors, dict(files), store.revision), config
+
+
+def _open_model(location: Location, url: str, storage_options: StorageOptions) -> Checkpoint:
     index = location.file if _is_index(location.file) else None
     only = None if index else location.file
     store = _store(location.root, storage_options, revision=location.revision, only=only)
@@ -89,20 +133,6 @@ def open_store(
     return _store(root, storage_options, revision=revision, only=None)
 
 
-@dataclass(frozen=True, slots=True)
-class _Head:
-    """What one weight file says it holds."""
-
-    file: str
-    tensors: Mapping[str, TensorInfo]
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    notices: tuple[str, ...] = ()
-
-    @property
-    def names(self) -> list[str]:
-        return [*self.tensors, *self.aliases]
-
-
 def _store(
     root: str, options: StorageOptions | None, *, revision: str | None, only: str | None
 ) -> Store:
@@ -132,8 +162,8 @@ def _read_checkpoint(url: str, store: Store, only: str | None, index: str | None
         weight_map = _read_index(store, files, layout.index)
         weights = tuple(sorted(set(weight_map.values())))
     with ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="distmerge-head") as pool:
-        heads = list(pool.map(lambda path: _read_head(store, files[path]), weights))
-    owners = _owners(heads, weight_map, layout.index)
+        heads = list(pool.map(lambda path: read_head(store, files[path]), weights))
+    owners = owners_of(heads, weight_map, layout.index)
     return Checkpoint(
         url=url,
         root=store.root,
@@ -160,70 +190,13 @@ def _layout(files: Mapping[str, FileInfo], url: str, only: str | None, index: st
     return Layout(index=index)
 
 
-def _read(store: Store, file: FileInfo, start: int, stop: int) -> bytes:
-    buffer = bytearray(stop - start)
-    store.read_into(file, start, memoryview(buffer))
-    return bytes(buffer)
-
-
-def _read_head(store: Store, file: FileInfo) -> _Head:
-    """The catalogue of one file, by the format that its first bytes show."""
-
-    def read(start: int, stop: int) -> bytes:
-        return _read(store, file, start, stop)
-
-    if file.path.endswith(".safetensors"):
-        first = read(0, min(file.size, safetensors_header.FIRST_READ))
-        tensors, _ = safetensors_header.read_header(read, file.size, file.path, first)
-        return _Head(file.path, tensors)
-    first = read(0, min(file.size, _MAGIC_BYTES))
-    for is_format, read_catalogue in (
-        (torch_zip.is_torch_zip, torch_zip.read_catalogue),
-        (torch_legacy.is_torch_legacy, torch_legacy.read_catalogue),
-    ):
-        if is_format(first):
-            found = read_catalogue(read, file.size, file.path)
-            return _Head(file.path, found.tensors, found.aliases, tuple(found.notices))
-    raise MalformedCheckpoint(
-        f"{file.path} holds neither safetensors nor PyTorch weights.",
-        f"it has {file.size} bytes and begins with {first[:16]!r}",
-        fix="fetch the file again; if it is a git-lfs pointer: git lfs pull",
-    )
-
-
 def _read_index(store: Store, files: Mapping[str, FileInfo], index: str) -> dict[str, str]:
     size = files[index].size
     if size > LARGEST_INDEX:
         raise MalformedCheckpoint(
             f"{index} is too large for an index.", f"{size:,} of at most {LARGEST_INDEX:,} bytes"
         )
-    return parse_index(_read(store, files[index], 0, size), index, files)
-
-
-def _owners(
-    heads: Sequence[_Head], weight_map: Mapping[str, str] | None, index: str | None
-) -> dict[str, str]:
-    """The one file that each name is taken from: the only one that has it, or the index's."""
-    holders: dict[str, list[str]] = {}
-    for head in heads:
-        for name in head.names:
-            holders.setdefault(name, []).append(head.file)
-    said = weight_map or {}
-    wrong = [name for name, file in said.items() if file not in holders.get(name, ())]
-    if wrong:
-        raise MalformedCheckpoint(
-            f"{index} names {len(wrong)} tensors that their files don't hold.",
-            f"{wrong[0][:200]} is said to be in {said[wrong[0]]}",
-            fix="fetch or copy the checkpoint again, whole",
-        )
-    twice = [name for name, files in holders.items() if len(files) > 1 and name not in said]
-    if twice:
-        raise MalformedCheckpoint(
-            f"{len(twice)} tensors are in more than one file, and no index says which counts.",
-            f"{twice[0][:200]} is in {listed(holders[twice[0]])}",
-            fix="name the one file that is meant",
-        )
-    return {name: said.get(name, files[0]) for name, files in holders.items()}
+    return parse_index(read_bytes(store, files[index], 0, size), index, files)
 
 
 def _unlisted(
@@ -240,17 +213,7 @@ def _unlisted(
 
 def _read_config(store: Store, files: Mapping[str, FileInfo]) -> dict[str, Any] | None:
     file = files.get("config.json")
-    if file is None:
-        return None
-    if file.size > LARGEST_CONFIG:
-        raise MalformedCheckpoint(f"config.json is too large: {file.size:,} bytes.")
-    try:
-        config = json.loads(_read(store, file, 0, file.size))
-    except (ValueError, RecursionError) as error:
-        raise MalformedCheckpoint("config.json is not JSON.", str(error)[:200]) from error
-    if not isinstance(config, dict):
-        raise MalformedCheckpoint("config.json is not a JSON object.")
-    return config
+    return None if file is None else read_json(store, file)
 
 
 def _neither_here_nor_there(name: str, error: CheckpointNotFound) -> CheckpointNotFound:

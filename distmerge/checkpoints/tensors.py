@@ -6,7 +6,10 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distmerge.checkpoints.views import View
 
 DTYPE_BYTES: Mapping[str, int] = {
     "BOOL": 1,
@@ -31,8 +34,29 @@ DTYPE_BYTES: Mapping[str, int] = {
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
 
+class Shaped:
+    """What follows from a tensor's dtype and shape."""
+
+    __slots__ = ()
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor as a row-major array."""
+        return self.elements * DTYPE_BYTES[self.dtype]
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in FLOAT_DTYPES
+
+
 @dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(Shaped):
     """One tensor's place. Holds no data.
 
     `strides` is None for a row-major tensor; otherwise `start:stop` spans the part of the
@@ -49,19 +73,6 @@ class TensorInfo:
     stop: int
     """One past the last byte in the file, absolute."""
     strides: tuple[int, ...] | None = None
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor as a row-major array."""
-        return self.elements * DTYPE_BYTES[self.dtype]
-
-    @property
-    def is_float(self) -> bool:
-        return self.dtype in FLOAT_DTYPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +110,38 @@ class Checkpoint:
     aliases: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Names that share another key's storage (tied tensors): alias -> the key that is in
     `tensors`."""
+    views: Mapping[str, View] = field(default_factory=dict, repr=False)
+    """Keys whose values are made as they are read (dequantised, with an adapter's share)."""
+    used: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Keys of `tensors` that only views read -> what they are there."""
+    others: tuple[Checkpoint, ...] = ()
+    """Further checkpoints that views read: adapters."""
+    settings: str = ""
+    """What else the views' values depend on."""
+
+    @property
+    def own_url(self) -> str:
+        """The URL without its adapters'."""
+        url = self.url
+        for other in reversed(self.others):
+            url = url.removesuffix(f"+{other.url}")
+        return url
+
+    @property
+    def presented(self) -> dict[str, TensorInfo | View]:
+        """The model's tensors as merges see them."""
+        own = {k: self.views.get(k, info) for k, info in self.tensors.items() if k not in self.used}
+        return {**own, **{k: view for k, view in self.views.items() if k not in own}}
 
     @property
     def fingerprint(self) -> str:
-        """Hash of what was pinned: the weight files' paths, sizes and tags."""
+        """Hash of what was pinned: the weight files' paths, sizes and tags, adapters'
+        too."""
         weights = sorted({info.file for info in self.tensors.values()})
-        text = "\n".join(f"{f} {self.files[f].size} {self.files[f].tag}" for f in weights)
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        lines = [f"{f} {self.files[f].size} {self.files[f].tag}" for f in weights]
+        lines += [f"with {other.fingerprint}" for other in self.others]
+        lines += [self.settings] if self.settings else []
+        return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
 
     @property
     def nbytes(self) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distmerge.checkpoints.names import buffers, match_names
 from distmerge.checkpoints.tensors import TensorInfo
+from distmerge.checkpoints.views import View
 from distmerge.errors import DtypeMismatch
 from distmerge.expressions.layers import Path, in_layer_order, outer_key
 from distmerge.expressions.nodes import (
@@ -61,7 +62,7 @@ class Inputs:
     """An expression's leaves, their tensors by output key."""
 
     leaves: Sequence[Leaf | TensorLeaf]
-    tensors: Sequence[Mapping[str, TensorInfo | Tensor]]
+    tensors: Sequence[Mapping[str, TensorInfo | View | Tensor]]
     mappings: Sequence[str] = ()
     """Sentences: which names of which model were read as which."""
     skipped: Sequence[Skipped] = field(default=())
@@ -96,9 +97,9 @@ class Inputs:
             ) from None
 
 
-def spec_of(tensor: TensorInfo | Tensor) -> tuple[str, tuple[int, ...]]:
+def spec_of(tensor: TensorInfo | View | Tensor) -> tuple[str, tuple[int, ...]]:
     """safetensors' dtype name and the shape."""
-    if isinstance(tensor, TensorInfo):
+    if isinstance(tensor, TensorInfo | View):
         return tensor.dtype, tensor.shape
     return DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)
 
@@ -128,6 +129,7 @@ def align(root: Expression, base: Leaf | None = None) -> Inputs:
         Skipped(str(reference), alias, f"alias of {key}")
         for alias, key in _aliases(reference).items()
     ]
+    skipped += _read_by_views(found)
     mappings: list[str] = []
     own_keys: list[Mapping[str, str]] = [{}]
     for leaf in found[1:]:
@@ -198,7 +200,17 @@ def _placed(root: Expression, inputs: Inputs) -> Inputs:
 
 
 def _tensors(leaf: Leaf | TensorLeaf) -> Mapping[str, Any]:
-    return leaf.checkpoint.tensors if isinstance(leaf, Leaf) else leaf.tensors
+    return leaf.checkpoint.presented if isinstance(leaf, Leaf) else leaf.tensors
+
+
+def _read_by_views(found: Sequence[Leaf | TensorLeaf]) -> list[Skipped]:
+    """Tensors that no key of the output stands for: views read them for others."""
+    return [
+        Skipped(str(leaf), key, what)
+        for leaf in found
+        if isinstance(leaf, Leaf)
+        for key, what in leaf.checkpoint.used.items()
+    ]
 
 
 def _config(leaf: Leaf | TensorLeaf) -> Mapping[str, Any] | None:

@@ -13,7 +13,6 @@ from typing import Any, Self
 from torch import Tensor
 
 from distmerge.checkpoints.opening import open_checkpoint
-from distmerge.checkpoints.storage_options import options_for
 from distmerge.errors import KeyMismatch, RecipeError
 from distmerge.expressions.alignment import Inputs, align
 from distmerge.expressions.arithmetic import (
@@ -49,7 +48,8 @@ def open_lazy(
     revision: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> LazyStateDict:
-    """Open a checkpoint by its headers: a directory, a weight file, an fsspec URL or a Hub id.
+    """Open a checkpoint by its headers: a directory, a weight file, an fsspec URL or a Hub id;
+    or one of these with a LoRA adapter, `base+adapter`.
 
         base, legal = distmerge.open("gpt2"), distmerge.open("s3://bucket/legal")
         (base + 0.5 * (legal - base)).save("merged")
@@ -60,8 +60,7 @@ def open_lazy(
     Raises
         CheckpointNotFound, AccessDenied, MalformedCheckpoint, CheckpointError, ReadFailed
     """
-    options = options_for(os.fspath(url), storage_options)
-    checkpoint = open_checkpoint(url, revision=revision, storage_options=options)
+    checkpoint = open_checkpoint(url, revision=revision, storage_options=storage_options)
     return LazyStateDict(Leaf.of(checkpoint), storage_options=storage_options)
 
 

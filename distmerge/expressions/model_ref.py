@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from distmerge.checkpoints.location import Location, locate, redact
+from distmerge.checkpoints.location import Location, locate, redact, split_adapter
 from distmerge.errors import RecipeError
 
 
@@ -18,30 +18,34 @@ class ModelRef(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     path: str = Field(min_length=1)
-    """A directory, file, URL or Hub id, perhaps with @revision."""
+    """A directory, file, URL or Hub id, perhaps with @revision and +adapter."""
     revision: str | None = None
+    lora: ModelRef | None = None
+    """A LoRA adapter that is applied to it."""
 
     @model_validator(mode="before")
     @classmethod
     def _unwrap(cls, given: Any) -> Any:
         if isinstance(given, Mapping) and "model" in given and "path" not in given:
-            given = given["model"]
+            inner = given["model"]
+            inner = dict(inner) if isinstance(inner, Mapping) else {"path": inner}
+            given = inner if given.get("lora") is None else {**inner, "lora": given["lora"]}
         return {"path": given} if isinstance(given, str) else given
 
     @property
     def location(self) -> Location:
         """Where it is; asks the local disk, no server. Raises CheckpointNotFound, RecipeError."""
-        web = "://" in self.path and not self.path.startswith("hf://")
-        if "+" in self.path and not web and not os.path.exists(os.path.expanduser(self.path)):
-            raise RecipeError(
-                f"{redact(self.path)!r} asks for an adapter, which isn't supported yet.",
-                fix="merge the adapter into its base first, and name the result",
-            )
-        return locate(self.path, revision=self.revision)
+        if self.lora is None:
+            return locate(self.path, revision=self.revision)
+        if split_adapter(self.path)[1] is not None or self.lora.location.adapter is not None:
+            raise RecipeError(f"{self} names two adapters.", fix="one +adapter, or one lora:")
+        return replace(locate(self.path, revision=self.revision), adapter=self.lora.location)
 
     def __repr_args__(self) -> Iterator[tuple[str, str | None]]:
         yield "path", redact(self.path)
         yield "revision", self.revision
+        yield "lora", None if self.lora is None else str(self.lora)
 
     def __str__(self) -> str:
-        return redact(self.path) + (f"@{self.revision}" if self.revision else "")
+        own = redact(self.path) + (f"@{self.revision}" if self.revision else "")
+        return own if self.lora is None else f"{own}+{self.lora}"

@@ -38,7 +38,7 @@ class Leaf:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, name: str | None = None) -> Leaf:
-        return cls(checkpoint, name or short_name(checkpoint.url))
+        return cls(checkpoint, name or name_of(checkpoint))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Leaf) and self.identity == other.identity
@@ -246,6 +246,12 @@ def walk(root: Expression) -> Iterator[Expression]:
         seen.add(id(node))
         yield node
         stack.extend(reversed(list(children(node))))
+
+
+def name_of(checkpoint: Checkpoint) -> str:
+    """A checkpoint's name in formulas, its adapter's with it."""
+    urls = [checkpoint.own_url, *(other.url for other in checkpoint.others)]
+    return "+".join(map(short_name, urls))
 
 
 def short_name(url: str) -> str:

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 
 from distmerge.checkpoints.location import Location
 from distmerge.checkpoints.opening import open_checkpoint
-from distmerge.checkpoints.storage_options import options_for
 from distmerge.checkpoints.store import StorageOptions
 from distmerge.checkpoints.tensors import Checkpoint
 from distmerge.expressions.model_ref import ModelRef
-from distmerge.expressions.nodes import Expression, Leaf, leaves, short_name
+from distmerge.expressions.nodes import Expression, Leaf, leaves, name_of
 from distmerge.expressions.recipe import Recipe
 from distmerge.expressions.recipe_roles import Roles, assign_roles
 from distmerge.expressions.recipe_slices import build_parts
@@ -104,12 +103,16 @@ def open_leaves(
     unique = {model.location: model for model in reversed(list(models))}
 
     def pin(model: ModelRef) -> Checkpoint:
-        options = options_for(model.path, storage_options)
-        return open_checkpoint(model.path, revision=model.revision, storage_options=options)
+        return open_checkpoint(
+            model.path,
+            revision=model.revision,
+            adapter=model.location.adapter,
+            storage_options=storage_options,
+        )
 
     with ThreadPoolExecutor(_MODELS_AT_ONCE, thread_name_prefix="distmerge-open") as pool:
         opened = dict(zip(unique, pool.map(pin, unique.values()), strict=True))
-    short = [short_name(checkpoint.url) for checkpoint in opened.values()]
+    short = [name_of(checkpoint) for checkpoint in opened.values()]
     return {
         location: Leaf.of(checkpoint, checkpoint.url if short.count(name) > 1 else name)
         for (location, checkpoint), name in zip(opened.items(), short, strict=True)

@@ -151,6 +151,7 @@ def _check_level(
 ) -> Iterator[Ignored]:
     # Keys of the language that are empty ask for nothing.
     empty = SOON_MODEL | NEEDLESS if path else SOON_TOP
+    empty |= {key for key in ("lora",) if not data.get(key)}
     for key in data:
         if key not in known and key not in empty:
             fix = _place(key, path, known, method)
@@ -187,7 +188,8 @@ def _check_reference(
     for key in SOON_MODEL:
         _refuse(document, given, path, key)
     yield from _check_level(document, given, path, REFERENCE_KEYS, method)
-    yield from _check_reference(document, (*path, "model"), given.get("model"), method)
+    for key in ("model", "lora"):
+        yield from _check_reference(document, (*path, key), given.get(key), method)
 
 
 def _check_parameters(

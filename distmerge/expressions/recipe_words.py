@@ -14,13 +14,13 @@ TOP_KEYS = _words("""
 MODEL_KEYS = frozenset({"model", "parameters"})
 SLICE_KEYS = frozenset({"sources", "base_model", "parameters"})
 MODULE_KEYS = frozenset({"models", "slices", "parameters"})
-REFERENCE_KEYS = frozenset({"path", "revision", "model"})
+REFERENCE_KEYS = frozenset({"path", "revision", "model", "lora"})
 CHOICE_KEYS = frozenset({"filter", "value"})
 
 SOON_TOP = _words("""
     tokenizer tokenizer_source chat_template merge rename on_shape_mismatch
 """)
-SOON_MODEL = frozenset({"lora", "rename"})
+SOON_MODEL = frozenset({"rename"})
 NEEDLESS = frozenset({"override_architecture"})
 """Says how mergekit should read a model; here the names in its files are enough."""
 SOON_PARAMETERS: frozenset[str] = frozenset()
@@ -52,6 +52,7 @@ TASK_VECTOR_METHODS = _words("""
 ELSEWHERE = {
     "path": "in 'model: {path: ..., revision: ...}'",
     "revision": "in 'model: {path: ..., revision: ...}', or in 'model: name@revision'",
+    "lora": "in 'model: {model: ..., lora: ...}', or in 'model: name+adapter'",
     "model": "in an item of 'models:' or 'sources:'",
     "pad_to_multiple_of": "under 'tokenizer:'",
     "tokens": "under 'tokenizer:'",

@@ -13,11 +13,12 @@ fixed by the plan. It lives in the worker as one ring buffer, so the bound holds
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import psutil
 
+from distmerge.checkpoints.views import View
 from distmerge.errors import MemoryBudgetError
 from distmerge.expressions.program import Call, Program
 from distmerge.methods.blocks import Grid
@@ -38,6 +39,8 @@ WINDOWS = 3
 GROUP = 64 * MiB
 """Raw bytes that are read together: long enough for long requests, small enough to overlap."""
 
+VIEW_COPIES = 4
+"""Blocks that an input holds for a moment as it is made: its parts, their product, the result."""
 HISTOGRAM = 512 * 1024
 """Bytes of the largest partial answer."""
 ASKING = 16 * MiB
@@ -98,6 +101,28 @@ def need_of(program: Program, shape: tuple[int, ...], raw: int, itemsize: int) -
     share = raw * min(grid.step, grid.elements) // max(grid.elements, 1)
     gathered = gathered_bytes(program, shape, itemsize)
     return Need((3 * operands + 6) * block, gathered, 0, raw, share)
+
+
+def with_views(need: Need, shape: tuple[int, ...], views: Sequence[View], itemsize: int) -> Need:
+    """What a key asks for whose inputs are made as they are read: copies of each block and of what
+    every block needs; all of an input that must be made at once."""
+    grid = Grid(shape)
+    rows = grid.step if grid.whole_rows else max(grid.row, grid.step)
+    block = VIEW_COPIES * min(rows, max(grid.elements, 1)) * itemsize
+    fixed = sum(view.fixed for view in views)
+    return Need(
+        need.block + len(views) * block + itemsize * fixed,
+        need.gathered + made_bytes(views, itemsize),
+        need.resident,
+        need.largest,
+        need.streamed + fixed,
+    )
+
+
+def made_bytes(given: Iterable[object], itemsize: int) -> int:
+    """What inputs hold that must be made whole: themselves, their parts, temporaries."""
+    made = [one for one in given if isinstance(one, View) and one.whole]
+    return sum(VIEW_COPIES * view.elements * itemsize for view in made)
 
 
 def gathered_bytes(program: Program, shape: tuple[int, ...], itemsize: int) -> int:

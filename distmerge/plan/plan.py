@@ -8,9 +8,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from distmerge.checkpoints.safetensors_header import encode_header
-from distmerge.checkpoints.tensors import FLOAT_DTYPES, TensorInfo
+from distmerge.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, FileInfo, TensorInfo
+from distmerge.checkpoints.views import View, parts_of
 from distmerge.errors import DtypeMismatch, RecipeError
-from distmerge.expressions.alignment import Inputs, Skipped, align
+from distmerge.expressions.alignment import Inputs, Skipped, align, spec_of
 from distmerge.expressions.compiler import Compiler
 from distmerge.expressions.nodes import Leaf
 from distmerge.expressions.program import Program, Same
@@ -25,10 +26,11 @@ from distmerge.plan.memory import (
     largest_need,
     need_of,
     plan_memory,
+    with_views,
 )
 from distmerge.plan.probe import asks_model
 from distmerge.plan.shards import default_shard_size, partition
-from distmerge.plan.work import KeyTask, Source, WorkUnit
+from distmerge.plan.work import KeyTask, Origin, Source, WorkUnit
 from distmerge.write.index import shard_names
 from distmerge.write.shard import STAGING
 
@@ -204,11 +206,15 @@ def _check_floats(key: str, dtypes: set[str]) -> None:
 
 
 def _need(task: KeyTask, inputs: Inputs) -> Need:
-    infos = [info for info in task.inputs.values() if isinstance(info, TensorInfo)]
-    itemsize = 8 if any(info.dtype == "F64" for info in infos) else 4
+    given = task.inputs.values()
+    infos = [part.info for one in given for part in parts_of(one)]
+    itemsize = 8 if any(spec_of(one)[0] == "F64" for one in given) else 4
     raw = sum(info.stop - info.start for info in infos)
     need = need_of(task.program, task.shape, raw, itemsize)
-    if any(info.strides is not None for info in infos):
+    views = [one for one in given if isinstance(one, View)]
+    if views:
+        need = with_views(need, task.shape, views, itemsize)
+    if any(info.strides is not None for info in infos) or any(view.whole for view in views):
         return replace(need, resident=raw)  # it can't be cut into runs of the file
     return need
 
@@ -229,15 +235,22 @@ def _units(
     return units, headers
 
 
-def _sources(tasks: Sequence[KeyTask], inputs: Inputs) -> dict[int, Source]:
-    files: dict[int, dict[str, Any]] = {}
+def _sources(tasks: Sequence[KeyTask], inputs: Inputs) -> dict[Origin, Source]:
+    found: dict[Origin, dict[str, FileInfo]] = {}
     for task in tasks:
-        for leaf, info in task.inputs.items():
-            node = inputs.leaves[leaf]
-            if isinstance(info, TensorInfo) and isinstance(node, Leaf):
-                files.setdefault(leaf, {})[info.file] = node.checkpoint.files[info.file]
-    return {
-        leaf: Source(str(node), node.checkpoint.root, node.checkpoint.revision, found)
-        for leaf, found in files.items()
-        if isinstance(node := inputs.leaves[leaf], Leaf)
-    }
+        for leaf, given in task.inputs.items():
+            for part in parts_of(given):
+                files = _checkpoint(inputs, leaf, part.source).files
+                found.setdefault((leaf, part.source), {})[part.info.file] = files[part.info.file]
+    sources = {}
+    for origin, files in found.items():
+        checkpoint = _checkpoint(inputs, *origin)
+        name = str(inputs.leaves[origin[0]])
+        sources[origin] = Source(name, checkpoint.root, checkpoint.revision, files)
+    return sources
+
+
+def _checkpoint(inputs: Inputs, leaf: int, source: int) -> Checkpoint:
+    node = inputs.leaves[leaf]
+    assert isinstance(node, Leaf)
+    return node.checkpoint.others[source - 1] if source else node.checkpoint

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from distmerge.checkpoints.tensors import FileInfo, TensorInfo
+from distmerge.checkpoints.views import View, parts_of
 from distmerge.expressions.program import Program
+
+Origin = tuple[int, int]
+"""A leaf, and which of its checkpoints: 0 is its own, further ones are those that views read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +35,7 @@ class KeyTask:
     """What is written, by safetensors' name."""
     offset: int
     """First byte in the shard file."""
-    inputs: Mapping[int, TensorInfo | Tensor]
+    inputs: Mapping[int, TensorInfo | View | Tensor]
     """By leaf; a tensor where the leaf is a state dict in memory."""
     base: int | None
     """The leaf from which the share of lost deltas is counted."""
@@ -48,17 +52,16 @@ class WorkUnit:
     """Where it is written in the output; a lone shard is staged apart until all else is there."""
     header: bytes
     tasks: tuple[KeyTask, ...]
-    sources: Mapping[int, Source]
-    """By leaf."""
+    sources: Mapping[Origin, Source]
 
     @property
     def bytes_in(self) -> int:
         """Bytes of inputs, each counted once."""
         return sum(
-            info.nbytes
+            part.info.nbytes
             for task in self.tasks
-            for info in task.inputs.values()
-            if isinstance(info, TensorInfo)
+            for given in task.inputs.values()
+            for part in parts_of(given)
         )
 
     @property

@@ -12,9 +12,10 @@ from torch import Tensor
 from distmerge.checkpoints.ranges import coalesce
 from distmerge.checkpoints.store import Store
 from distmerge.checkpoints.tensors import DTYPE_BYTES, TensorInfo
+from distmerge.checkpoints.views import View
 from distmerge.expressions.alignment import TORCH_DTYPES
 from distmerge.expressions.evaluate import Span
-from distmerge.plan.work import Source
+from distmerge.plan.work import Origin, Source
 from distmerge.run.arena import ALIGN, Arena, Lease
 
 GAP = 128 * 1024
@@ -31,6 +32,15 @@ class Wanted:
     leaf: int
     info: TensorInfo
     span: Span
+    part: int = 0
+    """Of a view."""
+    source: int = 0
+    """Of the part: see `Part`."""
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """What it is found under."""
+        return self.task, self.leaf, self.part
 
     def byte_range(self) -> Span:
         """In the file. A strided tensor is read whole."""
@@ -65,14 +75,17 @@ class Raw:
 class Fetched:
     """Raw tensors in the arena, until `release`."""
 
-    tensors: dict[tuple[int, int], Raw] = field(default_factory=dict)
-    """By task and leaf."""
+    tensors: dict[tuple[int, int, int], Raw] = field(default_factory=dict)
+    """By task, leaf and part."""
     leases: list[Lease] = field(default_factory=list)
     nbytes: int = 0
 
-    def block(self, task: int, leaf: int, span: Span) -> Tensor:
-        """A leaf's elements in a span, flat, in the file's dtype."""
-        return self.tensors[task, leaf].block(span)
+    def block(self, task: int, leaf: int, span: Span, view: View | None = None) -> Tensor:
+        """A leaf's elements in a span, flat: in the file's dtype, or as a view makes them."""
+        if view is None:
+            return self.tensors[task, leaf, 0].block(span)
+        needs = view.needs(span)
+        return view.values(span, [self.tensors[task, leaf, n].block(run) for n, run in needs])
 
 
 class Fetcher:
@@ -83,7 +96,7 @@ class Fetcher:
         self._open = open_store
         self._pool = ThreadPoolExecutor(READERS, "distmerge-read")
 
-    def fetch(self, wanted: Sequence[Wanted], sources: Mapping[int, Source]) -> Fetched:
+    def fetch(self, wanted: Sequence[Wanted], sources: Mapping[Origin, Source]) -> Fetched:
         """Read all that is wanted.
 
         Raises
@@ -91,21 +104,22 @@ class Fetcher:
             ReadFailed, SourceChanged, CheckpointNotFound, AccessDenied
         """
         fetched = Fetched()
-        places: dict[tuple[int, str], list[Wanted]] = {}
+        places: dict[tuple[Origin, str], list[Wanted]] = {}
         for want in wanted:
             if want.info.stop > want.info.start:
-                places.setdefault((want.leaf, want.info.file), []).append(want)
+                origin = want.leaf, want.source
+                places.setdefault((origin, want.info.file), []).append(want)
             else:
                 empty = torch.empty(0, dtype=TORCH_DTYPES[want.info.dtype])
-                fetched.tensors[want.task, want.leaf] = Raw(empty)
+                fetched.tensors[want.place] = Raw(empty)
         reads = []
-        for (leaf, file), wants in places.items():
+        for (origin, file), wants in places.items():
             for start, stop in ranges([want.byte_range() for want in wants]):
                 lease = self._arena.take(stop - start, start % ALIGN)
                 if lease is None:
                     raise CancelledError
                 fetched.leases.append(lease)
-                source = sources[leaf]
+                source = sources[origin]
                 store = self._open(source)
                 reads.append(
                     self._pool.submit(store.read_into, source.files[file], start, lease.view)
@@ -148,7 +162,7 @@ def _place(
             piece = view[first - start : last - start]
             flat = torch.frombuffer(piece, dtype=TORCH_DTYPES[want.info.dtype])
             strides = want.info.strides
-            fetched.tensors[want.task, want.leaf] = Raw(
+            fetched.tensors[want.place] = Raw(
                 flat,
                 first=0 if strides else want.span[0],
                 aligned=first % item == 0,

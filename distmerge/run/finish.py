@@ -98,6 +98,9 @@ def _card(plan: Plan, output: OutputStore) -> tuple[str, list[str]]:
                 parents.append(parent_of(checkpoint, store))
             if leaf == donor:
                 base = parents[-1].name
+            for adapter in checkpoint.others:
+                with closing(_store(adapter, plan.request.storage_options)) as store:
+                    parents.append(parent_of(adapter, store))
     card = model_card(
         name=_name(output.root),
         parents=parents,
@@ -134,7 +137,12 @@ def _manifest(
         digest=plan.digest,
         recipe=plan.request.recipe_text,
         seed=plan.request.seed,
-        inputs=[InputRecord.of(x.checkpoint) for x in leaves(root) if isinstance(x, Leaf)],
+        inputs=[
+            InputRecord.of(checkpoint)
+            for leaf in leaves(root)
+            if isinstance(leaf, Leaf)
+            for checkpoint in (leaf.checkpoint, *leaf.checkpoint.others)
+        ],
         kernel=plan.kernel,
         out_dtype=plan.request.out_dtype,
         shards=[

@@ -173,7 +173,8 @@ def _check_place(
     named = [leaf for leaf in decided.inputs.leaves if isinstance(leaf, Leaf)]
     donors = (decided.request.donor, decided.request.config_from)
     named += [leaf for leaf in donors if leaf is not None]
-    check_apart(output, {leaf.checkpoint.root for leaf in named})
+    pinned = [c for leaf in named for c in (leaf.checkpoint, *leaf.checkpoint.others)]
+    check_apart(output, {checkpoint.root for checkpoint in pinned})
 
 
 def as_request(what: Any, settings: MergeOptions) -> MergeRequest:

@@ -6,6 +6,7 @@ written.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distmerge.checkpoints.tensors import TensorInfo
+from distmerge.checkpoints.views import View
 from distmerge.errors import NonFiniteResult
-from distmerge.expressions.alignment import DTYPE_NAMES
+from distmerge.expressions.alignment import spec_of
 from distmerge.expressions.compute_pool import ComputePool
 from distmerge.expressions.eager import compute_dtype, differing_integers
 from distmerge.expressions.evaluate import Evaluation, Place, ReadBlock, Span, settle
@@ -116,10 +117,7 @@ class UnitRun:
     # --- merging
 
     def _evaluation(self, task: KeyTask) -> Evaluation:
-        dtypes = [
-            i.dtype if isinstance(i, TensorInfo) else DTYPE_NAMES[i.dtype]
-            for i in task.inputs.values()
-        ]
+        dtypes = [spec_of(given)[0] for given in task.inputs.values()]
         return Evaluation(
             task.program,
             task.shape,
@@ -230,20 +228,26 @@ class UnitRun:
         first = read(task.program.leaves[0], span)
         for leaf in task.program.leaves[1:]:
             if not torch.equal(first, read(leaf, span)):
-                names = [
-                    self.unit.sources[n].name for n in task.program.leaves if n in self.unit.sources
-                ]
+                sources = self.unit.sources
+                names = [sources[n, 0].name for n in task.program.leaves if (n, 0) in sources]
                 raise differing_integers(task.program.key, task.dtype, names)
         return first
 
     def _reader(self, i: int, fetched: Fetched) -> ReadBlock:
         inputs = self.unit.tasks[i].inputs
         memory = {n: x.detach().reshape(-1) for n, x in inputs.items() if isinstance(x, Tensor)}
+        views = {n: x for n, x in inputs.items() if isinstance(x, View)}
+        whole = threading.Lock()
 
         def read(leaf: int, span: Span) -> Tensor:
+            view = views.get(leaf)
+            if view is not None and view.whole:
+                with whole:  # once, by whoever comes first
+                    if leaf not in memory:
+                        memory[leaf] = fetched.block(i, leaf, (0, view.elements), view)
             if leaf in memory:
                 return memory[leaf][span[0] : span[1]]
-            return fetched.block(i, leaf, span)
+            return fetched.block(i, leaf, span, view)
 
         return read
 

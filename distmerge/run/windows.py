@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from distmerge.checkpoints.tensors import TensorInfo
+from distmerge.checkpoints.views import View, fixed_bytes, parts_of
 from distmerge.expressions.alignment import spec_of
 from distmerge.expressions.evaluate import Evaluation
 from distmerge.expressions.program import Call, Same
 from distmerge.methods.blocks import Grid
-from distmerge.plan.memory import ASKING, GROUP, asked_bytes, gathered_bytes
+from distmerge.plan.memory import ASKING, GROUP, asked_bytes, gathered_bytes, made_bytes
 from distmerge.plan.work import KeyTask
 from distmerge.run.arena import ALIGN
 from distmerge.run.fetch import Wanted
@@ -84,8 +85,10 @@ def _rounds(
     i: int, task: KeyTask, limit: int, begin: Callable[[KeyTask], Evaluation]
 ) -> Iterator[Window]:
     grid = Grid(task.shape)
-    per_block = -(-raw_bytes(task) * min(grid.step, grid.elements) // grid.elements)
-    step = max(1, min(GROUP, limit // 2) // per_block)
+    fixed = sum(fixed_bytes(given) for given in task.inputs.values())
+    moving = max(raw_bytes(task) - fixed, 1)
+    per_block = -(-moving * min(grid.step, grid.elements) // grid.elements)
+    step = max(1, (min(GROUP, limit // 2) - fixed) // per_block)
     streamed = Streamed(None if is_copied(task) else begin(task))
     while not streamed.last_round:
         for first in range(0, len(grid), step):
@@ -102,9 +105,14 @@ def wanted(tasks: Sequence[KeyTask], window: Window) -> list[Wanted]:
         span = (0, grid.elements)
         if window.streamed is not None:
             span = (grid.span(window.blocks[0])[0], grid.span(window.blocks[-1])[1])
-        for leaf, info in tasks[i].inputs.items():
-            if isinstance(info, TensorInfo):
-                found.append(Wanted(i, leaf, info, span))
+        for leaf, given in tasks[i].inputs.items():
+            if isinstance(given, TensorInfo):
+                found.append(Wanted(i, leaf, given, span))
+            elif isinstance(given, View):
+                found += [
+                    Wanted(i, leaf, given.parts[n].info, needed, n, given.parts[n].source)
+                    for n, needed in given.needs(span)
+                ]
     return found
 
 
@@ -119,6 +127,7 @@ def batches(tasks: Sequence[KeyTask], window: Window, gathered: int) -> Iterator
     for i in window.tasks:
         program, shape, itemsize = tasks[i].program, tasks[i].shape, item_size(tasks[i])
         more_whole = gathered_bytes(program, shape, itemsize)
+        more_whole += made_bytes(tasks[i].inputs.values(), itemsize)
         more_asked = asked_bytes(program, shape, itemsize)
         if run and (whole + more_whole > gathered or asked + more_asked > ASKING):
             yield tuple(run)
@@ -140,8 +149,10 @@ def raw_bytes(task: KeyTask) -> int:
 
 
 def is_strided(task: KeyTask) -> bool:
-    """Does it need whole tensors in memory, because the file doesn't hold them row by row?"""
-    return any(info.strides is not None for info in _infos(task))
+    """Does it need whole tensors in memory, because the file doesn't hold them row by row, or
+    because an input can only be made whole?"""
+    made = any(isinstance(one, View) and one.whole for one in task.inputs.values())
+    return made or any(info.strides is not None for info in _infos(task))
 
 
 def is_copied(task: KeyTask) -> bool:
@@ -151,11 +162,11 @@ def is_copied(task: KeyTask) -> bool:
 
 def _room(task: KeyTask) -> int:
     """Bytes of the arena, what aligning each input may cost included."""
-    return raw_bytes(task) + ALIGN * len(task.inputs)
+    return raw_bytes(task) + ALIGN * len(_infos(task))
 
 
 def _infos(task: KeyTask) -> list[TensorInfo]:
-    return [info for info in task.inputs.values() if isinstance(info, TensorInfo)]
+    return [part.info for given in task.inputs.values() for part in parts_of(given)]
 
 
 def _asks(task: KeyTask) -> bool:

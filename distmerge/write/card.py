@@ -55,7 +55,7 @@ class Parent:
 def parent_of(checkpoint: Checkpoint, store: Store) -> Parent:
     """The parent that an opened checkpoint is; its README is read for the licence."""
     hub_id = _hub_id(checkpoint)
-    name = hub_id or re.split(r"[/\\]", checkpoint.url.rstrip("/\\"))[-1]
+    name = hub_id or re.split(r"[/\\]", checkpoint.own_url.rstrip("/\\"))[-1]
     return Parent(hub_id=hub_id, name=name, license=read_license(store))
 
 

@@ -100,6 +100,10 @@ def linear(extra: str = "", *, parameters: str = "{weight: 1}", method: str = "l
             "line 7: 'dtype' is ignored here; move it to the top level.",
         ),
         (linear("    layer_range: [0, 4]"), "write it in an item of 'sources:', under 'slices:'."),
+        (
+            linear("    lora: x"),
+            "ignored here; write it in 'model: {model: ..., lora: ...}', or in",
+        ),
         (linear("    modle: x"), "line 7: 'modle' is ignored here; write 'model'."),
         (linear("parameters: {dtype: float16}"), "line 7: 'dtype' is ignored here; move it to the"),
         (linear("parameters: {t: 0.5}"), "line 7: linear has no parameter 't'; it is ignored."),
@@ -147,7 +151,6 @@ def test_parameters_of_mergekit_that_change_nothing_pass_in_silence(method, para
         "merge: 0.5 * a + 0.5 * b",
         "rename: {a: b}",
         "on_shape_mismatch: base",
-        "    lora: org/adapter",
     ],
 )
 def test_what_would_change_the_merge_is_refused_by_name(extra):

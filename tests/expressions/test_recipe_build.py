@@ -226,6 +226,7 @@ def test_a_method_from_a_file_takes_any_parameter(models):
     assert dict(root_of(request).parameters) == {"by": 0.3, "shift": 1}
 
 
+TWO_ADAPTERS = {"model": {"model": "a+b", "lora": "c"}}
 ONE_OF = {"model": {"path": "a"}, "parameters": {"weight": 1}}
 
 
@@ -252,7 +253,7 @@ ONE_OF = {"model": {"path": "a"}, "parameters": {"weight": 1}}
         (RecipeError, "slerp", ["base"], {"base_model": "base"}, "slerp merges 2 models, not 1."),
         (RecipeError, "linear", [weighted("a"), weighted("./a/")], {}, "./a/ is listed twice"),
         (RecipeError, "linear", [weighted("a"), ONE_OF], {}, "a is listed twice"),
-        (RecipeError, "linear", [weighted("a+org/lora")], {}, "asks for an adapter"),
+        (RecipeError, "linear", [TWO_ADAPTERS], {}, "a+b+c names two adapters."),
         (ParameterError, "ties", ["a", weighted("b")], {"base_model": "base"}, "ties needs 'weigh"),
         (ParameterError, "slerp", ["a", "b"], {"over": "tensor"}, "slerp has no parameter 'over'"),
         (

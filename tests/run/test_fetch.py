@@ -37,7 +37,7 @@ def reader(folder):
     arena = Arena(1 << 20)
     store = LocalStore(str(folder))
     fetcher = Fetcher(arena, lambda source: store)
-    yield fetcher, {0: Source("file", str(folder), None, store.files())}
+    yield fetcher, {(0, 0): Source("file", str(folder), None, store.files())}
     arena.close()
     fetcher.close()
 
@@ -142,7 +142,7 @@ def test_a_block_of_a_strided_matrix_copies_its_own_rows_alone():
 def test_a_failed_read_gives_its_memory_back(tmp_path):
     (tmp_path / "weights").write_bytes(CONTENT)
     store = LocalStore(str(tmp_path))
-    sources = {0: Source("file", str(tmp_path), None, store.files())}
+    sources = {(0, 0): Source("file", str(tmp_path), None, store.files())}
     arena = Arena(1 << 20)
     fetcher = Fetcher(arena, lambda source: store)
     (tmp_path / "weights").write_bytes(CONTENT[:-1])
