@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distmerge.checkpoints import safetensors_header, torch_legacy, torch_zip
-from distmerge.checkpoints.layout import listed
+from distmerge.checkpoints.layout import gguf, listed
 from distmerge.checkpoints.store import Store
 from distmerge.checkpoints.tensors import FileInfo, TensorInfo
 from distmerge.errors import MalformedCheckpoint
@@ -57,6 +57,8 @@ def read_head(store: Store, file: FileInfo) -> Head:
         if is_format(first):
             found = read_catalogue(read, file.size, file.path)
             return Head(file.path, found.tensors, found.aliases, tuple(found.notices))
+    if first[:4] == b"GGUF":
+        raise gguf(file.path)
     raise MalformedCheckpoint(
         f"{file.path} holds neither safetensors nor PyTorch weights.",
         f"it has {file.size} bytes and begins with {first[:16]!r}",

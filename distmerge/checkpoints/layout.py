@@ -97,12 +97,23 @@ def listed(names: list[str]) -> str:
     return ", ".join(name[:200] for name in names[:_SHOWN]) + more
 
 
+def gguf(place: str) -> CheckpointError:
+    """The error for llama.cpp's format."""
+    return CheckpointError(
+        f"{place} is GGUF, llama.cpp's quantised format, and can't be merged.",
+        fix="merge the model that it was made from, or from_pretrained(folder, gguf_file=...), "
+        "save_pretrained() first",
+    )
+
+
 def _is_adapter(path: str) -> bool:
     return path.startswith("adapter_model.") and path.endswith(WEIGHT_SUFFIXES)
 
 
 def _not_a_checkpoint(files: Mapping[str, FileInfo], place: str) -> CheckpointError:
     weights = [path for path in files if path.endswith((*WEIGHT_SUFFIXES, *INDEX_SUFFIXES))]
+    if not weights and any(path.endswith(".gguf") for path in files):
+        return gguf(place)
     found = f"found: {listed(list(files)) or 'no files'}"
     if weights:
         return CheckpointError(

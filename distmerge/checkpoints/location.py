@@ -149,7 +149,7 @@ def refuse_credentials(url: str) -> None:
 
 
 def _reads_as_file(text: str) -> bool:
-    return text.endswith((*WEIGHT_SUFFIXES, *INDEX_SUFFIXES))
+    return text.endswith((*WEIGHT_SUFFIXES, *INDEX_SUFFIXES, ".gguf"))
 
 
 def _locate_path(text: str) -> Location | None:

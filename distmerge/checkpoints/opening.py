@@ -29,6 +29,7 @@ from distmerge.checkpoints.location import (
     split_adapter,
 )
 from distmerge.checkpoints.parallel import IN_FLIGHT
+from distmerge.checkpoints.scales import dequantised
 from distmerge.checkpoints.storage_options import options_for
 from distmerge.checkpoints.store import StorageOptions, Store
 from distmerge.checkpoints.tensors import Checkpoint, FileInfo
@@ -164,7 +165,7 @@ def _read_checkpoint(url: str, store: Store, only: str | None, index: str | None
     with ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="distmerge-head") as pool:
         heads = list(pool.map(lambda path: read_head(store, files[path]), weights))
     owners = owners_of(heads, weight_map, layout.index)
-    return Checkpoint(
+    found = Checkpoint(
         url=url,
         root=store.root,
         tensors={k: t for h in heads for k, t in h.tensors.items() if owners[k] == h.file},
@@ -178,6 +179,7 @@ def _read_checkpoint(url: str, store: Store, only: str | None, index: str | None
         ),
         aliases={a: k for h in heads for a, k in h.aliases.items() if owners[a] == h.file},
     )
+    return dequantised(found)
 
 
 def _layout(files: Mapping[str, FileInfo], url: str, only: str | None, index: str | None) -> Layout:

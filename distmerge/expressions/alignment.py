@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from distmerge.checkpoints.names import buffers, match_names
+from distmerge.checkpoints.quantised import refuse_packed
 from distmerge.checkpoints.tensors import TensorInfo
 from distmerge.checkpoints.views import View
 from distmerge.errors import DtypeMismatch
@@ -112,8 +113,12 @@ def align(root: Expression, base: Leaf | None = None) -> Inputs:
 
     Raises
         KeyMismatch: two names of one model mean the same tensor.
+        CheckpointError: a model's weights are packed in a way that isn't read.
     """
     found = leaves(root)
+    for leaf in found:
+        if isinstance(leaf, Leaf):
+            refuse_packed(leaf.checkpoint)
     if not any(isinstance(leaf, Leaf) for leaf in found):
         dicts = [leaf.tensors for leaf in found if isinstance(leaf, TensorLeaf)]
         own = {leaf: {key: key for key in held} for leaf, held in zip(found, dicts, strict=True)}

@@ -200,7 +200,8 @@ def _check_floats(key: str, dtypes: set[str]) -> None:
     eight = sorted(d for d in dtypes if d.startswith("F8"))
     if eight:
         raise DtypeMismatch(
-            f"{key} is {eight[0]}: 8-bit floats need their scales, which aren't read yet.",
+            f"{key} is {eight[0]}, and its scale isn't in the model, or isn't understood.",
+            f"looked for {key}_scale_inv and {key}_scale, one for all, for each row or each block",
             fix="convert the model to bfloat16 first",
         )
 
