@@ -60,6 +60,10 @@ class LowRank(View):
         return *self.inner.parts, *own
 
     @property
+    def coded(self) -> bool:
+        return self.inner.coded
+
+    @property
     def rank(self) -> int:
         return self.a.info.shape[0]
 

@@ -43,6 +43,10 @@ class Scaled(View):
         return self.codes, self.scales
 
     @property
+    def coded(self) -> bool:
+        return True
+
+    @property
     def fixed(self) -> int:
         return self.scales.info.nbytes
 

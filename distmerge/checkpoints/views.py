@@ -57,6 +57,11 @@ class View(Shaped):
         """Must all of it be made at once?"""
         return False
 
+    @property
+    def coded(self) -> bool:
+        """Is it held in 8 bits?"""
+        return False
+
     def needs(self, span: Span) -> list[Need]:
         """What to read for a run of elements; more for a longer run that holds it."""
         raise NotImplementedError
@@ -117,6 +122,10 @@ class Joined(View):
     @cached_property
     def fixed(self) -> int:
         return max((member.fixed for member in self.members), default=0)
+
+    @property
+    def coded(self) -> bool:
+        return any(member.coded for member in self.members)
 
     @cached_property
     def _starts(self) -> list[int]:

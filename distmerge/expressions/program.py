@@ -54,7 +54,15 @@ class Same:
     leaves: tuple[int, ...]
 
 
-Step = Read | Compute | Call | Same
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """What another tensor of the output, written in 8 bits, has to be multiplied by."""
+
+    of: str
+    """Its key."""
+
+
+Step = Read | Compute | Call | Same | Scales
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,7 +78,9 @@ class Recipe(BaseModel):
     parameters: Parameters = {}
     dtype: Annotated[str | None, BeforeValidator(lambda d: d and parse_dtype(d))] = None
     """safetensors' name. In mergekit also what is computed in; here that is float32."""
-    out_dtype: Annotated[str | None, BeforeValidator(lambda d: d and parse_dtype(d))] = None
+    out_dtype: Annotated[
+        str | None, BeforeValidator(lambda d: d and parse_dtype(d, eight_bits=True))
+    ] = None
     seed: int = Field(0, ge=0, lt=1 << 64)
     over: Literal["tensor", "model"] | None = None
     config_from: ModelRef | None = None

@@ -39,6 +39,8 @@ WINDOWS = 3
 GROUP = 64 * MiB
 """Raw bytes that are read together: long enough for long requests, small enough to overlap."""
 
+CODING = 1 << 21
+"""Values that are coded together."""
 VIEW_COPIES = 4
 """Blocks that an input holds for a moment as it is made: its parts, their product, the result."""
 HISTOGRAM = 512 * 1024
@@ -62,6 +64,8 @@ class Need:
     """Raw inputs of the largest key: kept resident where the arena has room."""
     streamed: int
     """Raw inputs of one block."""
+    coding: int = 0
+    """Values that wait to be written in 8 bits, and their codes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +82,13 @@ class MemoryPlan:
     """The smallest arena that will do."""
     sending: int = 0
     """Parts of a shard on their way to the output's store."""
+    coding: int = 0
+    """What waits to be written in 8 bits."""
 
     @property
     def projected(self) -> int:
         fixed = self.reserved + SLACK + self.blocks + self.windows + self.gathered
-        return fixed + self.sending + self.arena
+        return fixed + self.coding + self.sending + self.arena
 
 
 def bare_process() -> int:
@@ -119,6 +125,11 @@ def with_views(need: Need, shape: tuple[int, ...], views: Sequence[View], itemsi
     )
 
 
+def coding_bytes(shape: tuple[int, ...]) -> int:
+    """What coding a tensor holds: a batch of values and 128 rows, twice, and their codes."""
+    return 3 * 4 * (CODING + 128 * shape[-1])
+
+
 def made_bytes(given: Iterable[object], itemsize: int) -> int:
     """What inputs hold that must be made whole: themselves, their parts, temporaries."""
     made = [one for one in given if isinstance(one, View) and one.whole]
@@ -149,12 +160,12 @@ def _operands(call: Call) -> int:
 
 def largest_need(needs: Iterable[Need]) -> Need:
     """Field by field, the most that any key asks for."""
-    block = gathered = resident = largest = streamed = 0
+    block = gathered = resident = largest = streamed = coding = 0
     for need in needs:
         block, gathered = max(block, need.block), max(gathered, need.gathered)
         resident, largest = max(resident, need.resident), max(largest, need.largest)
-        streamed = max(streamed, need.streamed)
-    return Need(block, gathered, resident, largest, streamed)
+        streamed, coding = max(streamed, need.streamed), max(coding, need.coding)
+    return Need(block, gathered, resident, largest, streamed, coding)
 
 
 def plan_memory(
@@ -166,7 +177,7 @@ def plan_memory(
         MemoryBudgetError: with what would be enough.
     """
     blocks, windows = need.block * threads, WINDOWS * WINDOW
-    fixed = reserved + SLACK + blocks + windows + need.gathered + sending
+    fixed = reserved + SLACK + blocks + windows + need.gathered + need.coding + sending
     # A ring buffer always has room for half its size, wherever its head stands; inputs are
     # aligned in it.
     least = 2 * (max(need.resident, 2 * need.streamed) + MiB)
@@ -185,7 +196,9 @@ def plan_memory(
             fix=f"--allowed-mem {-(-(fixed + least) // MiB) + 16}MiB",
         )
     arena = min(useful, allowed - fixed)
-    return MemoryPlan(allowed, reserved, blocks, windows, need.gathered, arena, least, sending)
+    return MemoryPlan(
+        allowed, reserved, blocks, windows, need.gathered, arena, least, sending, need.coding
+    )
 
 
 def fitted(plan: MemoryPlan, reserved: int) -> MemoryPlan:

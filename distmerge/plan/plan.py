@@ -14,15 +14,17 @@ from distmerge.errors import DtypeMismatch, RecipeError
 from distmerge.expressions.alignment import Inputs, Skipped, align, spec_of
 from distmerge.expressions.compiler import Compiler
 from distmerge.expressions.nodes import Leaf
-from distmerge.expressions.program import Program, Same
+from distmerge.expressions.program import Program, Same, Scales
 from distmerge.expressions.request import MergeRequest
 from distmerge.plan import describe
 from distmerge.plan.coverage import account
 from distmerge.plan.digest import digest_of, kernel_class
+from distmerge.plan.eight_bit import CODES, with_scales
 from distmerge.plan.memory import (
     MemoryPlan,
     Need,
     bare_process,
+    coding_bytes,
     largest_need,
     need_of,
     plan_memory,
@@ -136,7 +138,10 @@ def make_plan(
             "Nothing would be written: the models share no key.", fix="check the models"
         )
     donors = [i for i, leaf in enumerate(inputs.leaves) if leaf == request.donor]
-    outputs = [_output(program, inputs, request.out_dtype, donors) for program in programs]
+    eight = request.out_dtype == CODES
+    asked = None if eight else request.out_dtype
+    outputs = [_output(program, inputs, asked, donors) for program in programs]
+    outputs = with_scales(outputs) if eight else outputs
     units, headers = _units(outputs, inputs, max_shard_size)
     kernel = kernel_class(device)
     digest = digest_of(request.root, seed=request.seed, headers=headers, kernel=kernel)
@@ -210,11 +215,15 @@ def _need(task: KeyTask, inputs: Inputs) -> Need:
     given = task.inputs.values()
     infos = [part.info for one in given for part in parts_of(one)]
     itemsize = 8 if any(spec_of(one)[0] == "F64" for one in given) else 4
+    if isinstance(task.program.steps[0], Scales):
+        return Need(0, 0, 0, 0, 0)
     raw = sum(info.stop - info.start for info in infos)
     need = need_of(task.program, task.shape, raw, itemsize)
     views = [one for one in given if isinstance(one, View)]
     if views:
         need = with_views(need, task.shape, views, itemsize)
+    if task.dtype == CODES:
+        need = replace(need, coding=coding_bytes(task.shape))
     if any(info.strides is not None for info in infos) or any(view.whole for view in views):
         return replace(need, resident=raw)  # it can't be cut into runs of the file
     return need
@@ -223,17 +232,29 @@ def _need(task: KeyTask, inputs: Inputs) -> Need:
 def _units(
     tasks: Sequence[KeyTask], inputs: Inputs, max_shard_size: int | None
 ) -> tuple[list[WorkUnit], list[bytes]]:
-    sizes = [TensorInfo(t.dtype, t.shape, "", 0, 0).nbytes for t in tasks]
+    groups = _together(tasks)
+    sizes = [sum(TensorInfo(t.dtype, t.shape, "", 0, 0).nbytes for t in g) for g in groups]
     runs = partition(sizes, max_shard_size or default_shard_size(sum(sizes)))
     units, headers = [], []
     for i, (name, run) in enumerate(zip(shard_names(len(runs)), runs, strict=True)):
-        members = [tasks[j] for j in run]
+        members = [task for j in run for task in groups[j]]
         specs = [(t.program.key, t.dtype, t.shape) for t in members]
         header, places = encode_header(specs, {"format": "pt"})
         placed = tuple(replace(t, offset=places[t.program.key][0]) for t in members)
         units.append(WorkUnit(i, name, name, header, placed, _sources(placed, inputs)))
         headers.append(header)
     return units, headers
+
+
+def _together(tasks: Sequence[KeyTask]) -> list[list[KeyTask]]:
+    """The tasks in order, those that one shard must hold in one list: codes and their scales."""
+    groups: list[list[KeyTask]] = []
+    for task in tasks:
+        if isinstance(task.program.steps[0], Scales):
+            groups[-1].append(task)
+        else:
+            groups.append([task])
+    return groups
 
 
 def _sources(tasks: Sequence[KeyTask], inputs: Inputs) -> dict[Origin, Source]:

@@ -10,13 +10,15 @@ from typing import Any
 
 from distmerge.checkpoints.location import HUB_SCHEME
 from distmerge.checkpoints.opening import open_store
+from distmerge.checkpoints.scales import BLOCK
 from distmerge.checkpoints.store import OutputStore, StorageOptions, Store
 from distmerge.checkpoints.tensors import Checkpoint
 from distmerge.expressions.nodes import Apply, Leaf, leaves, walk
 from distmerge.expressions.origins import layer_origins
+from distmerge.plan.eight_bit import CODES
 from distmerge.plan.plan import Plan
 from distmerge.write.card import license_warnings, model_card, parent_of
-from distmerge.write.config import edit_config, written_dtype
+from distmerge.write.config import edit_config, eight_bit_section, written_dtype
 from distmerge.write.config_layers import Origin, edit_layers
 from distmerge.write.donor_files import copy_donor_files
 from distmerge.write.index import INDEX_FILE, index_json
@@ -77,8 +79,22 @@ def _config(plan: Plan, donor: Checkpoint) -> bytes:
         dtypes=plan.dtypes,
         nbytes=plan.sizes,
         tied=False if untied else None,
+        quantization=_quantization(plan, donor.config),
     )
     return (json.dumps(edited, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _quantization(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The config's section on 8-bit weights, if there are any."""
+    if CODES not in plan.dtypes.values():
+        return None
+    matrices = [
+        task.program.key.removesuffix(".weight")
+        for unit in plan.units
+        for task in unit.tasks
+        if len(task.shape) > 1 and task.dtype != CODES and task.program.key.endswith(".weight")
+    ]
+    return eight_bit_section(config, BLOCK, matrices)
 
 
 def _config_of_layers(plan: Plan, config: Mapping[str, Any]) -> Mapping[str, Any]:

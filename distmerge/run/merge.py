@@ -171,8 +171,7 @@ def _check_place(
     """Raises OutputExists if something there would be lost."""
     check_free(output, published, overwrite=settings.replaces)
     named = [leaf for leaf in decided.inputs.leaves if isinstance(leaf, Leaf)]
-    donors = (decided.request.donor, decided.request.config_from)
-    named += [leaf for leaf in donors if leaf is not None]
+    named += [leaf for leaf in (decided.request.donor, decided.request.config_from) if leaf]
     pinned = [c for leaf in named for c in (leaf.checkpoint, *leaf.checkpoint.others)]
     check_apart(output, {checkpoint.root for checkpoint in pinned})
 
@@ -202,7 +201,7 @@ def _dtype(name: str | None) -> str | None:
         return None
     from distmerge.expressions.dtypes import parse_dtype
 
-    return parse_dtype(name)
+    return parse_dtype(name, eight_bits=True)
 
 
 def plan_request(request: MergeRequest, settings: MergeOptions, *, sending: int = 0) -> Plan:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,7 +18,10 @@ from distmerge.expressions.alignment import TORCH_DTYPES
 from distmerge.expressions.compute_pool import ComputePool
 from distmerge.methods.blocks import Grid
 from distmerge.methods.fusion import flat, fused_for
+from distmerge.plan.eight_bit import CODES
+from distmerge.plan.memory import CODING
 from distmerge.plan.work import KeyTask
+from distmerge.run.eight_bit import Coder
 from distmerge.write.shard import ShardWriter
 
 Item = tuple[int, int]
@@ -103,9 +108,48 @@ class BlockWriter:
         self._pool = pool
         self._tally = tally
         self._window = window
+        self._coders: dict[str, Coder] = {}
 
     def write(self, items: Sequence[Item], produce: Produce, base: BaseBlock) -> int:
         """Produce and queue the blocks; the number of bytes."""
+        written = 0
+        for task, run in itertools.groupby(items, self._coded):
+            if task is None:
+                written += self._write_blocks(list(run), produce, base)
+            else:
+                written += self._write_codes(task, [block for _, block in run], produce)
+        return written
+
+    def _coded(self, item: Item) -> int | None:
+        """The task, if it is written in 8 bits."""
+        return item[0] if self._tasks[item[0]].dtype == CODES else None
+
+    def scales(self, key: str) -> Tensor:
+        """What the codes of a key, all of them written, have to be multiplied by."""
+        return self._coders[key].scales
+
+    def _write_codes(self, task: int, blocks: Sequence[int], produce: Produce) -> int:
+        key, shape = self._tasks[task].program.key, self._tasks[task].shape
+        coder = self._coders.setdefault(key, Coder(shape, self._pool))
+        count = max(1, CODING // max(Grid(shape).step, 1))
+        written = 0
+        for at in range(0, len(blocks), count):
+            made = self._pool.map(partial(produce, task), blocks[at : at + count])
+            for value in made:
+                self._tally.note(key, value, value, None)
+            for codes in coder.take(made):
+                written += self._write_bytes(codes)
+        return written
+
+    def _write_bytes(self, data: Tensor) -> int:
+        for start in range(0, len(data), self._window):
+            piece = data[start : start + self._window]
+            window = self._writer.buffer()
+            window[: len(piece)] = piece
+            self._writer.write(window, len(piece))
+        return len(data)
+
+    def _write_blocks(self, items: Sequence[Item], produce: Produce, base: BaseBlock) -> int:
         written = 0
         for batch in self._batches(items):
             window = self._writer.buffer()

@@ -22,7 +22,7 @@ from distmerge.expressions.compute_pool import ComputePool
 from distmerge.expressions.eager import compute_dtype, differing_integers
 from distmerge.expressions.evaluate import Evaluation, Place, ReadBlock, Span, settle
 from distmerge.expressions.model_questions import KeyPartials
-from distmerge.expressions.program import Read
+from distmerge.expressions.program import Read, Scales
 from distmerge.methods.blocks import Grid
 from distmerge.methods.reductions import Question
 from distmerge.plan.memory import WINDOW
@@ -216,6 +216,10 @@ class UnitRun:
         self, i: int, block: int, evaluation: Evaluation | None, read: ReadBlock
     ) -> Tensor:
         task = self.unit.tasks[i]
+        if isinstance(step := task.program.steps[0], Scales):
+            assert self._blocks is not None
+            start, stop = Grid(task.shape).span(block)
+            return self._blocks.scales(step.of).view(-1)[start:stop]
         if evaluation is None:
             return self._same(task, Grid(task.shape).span(block), read)
         if len(task.program.steps) == 1 and isinstance(task.program.steps[0], Read):

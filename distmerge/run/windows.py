@@ -14,7 +14,7 @@ from distmerge.checkpoints.tensors import TensorInfo
 from distmerge.checkpoints.views import View, fixed_bytes, parts_of
 from distmerge.expressions.alignment import spec_of
 from distmerge.expressions.evaluate import Evaluation
-from distmerge.expressions.program import Call, Same
+from distmerge.expressions.program import Call, Same, Scales
 from distmerge.methods.blocks import Grid
 from distmerge.plan.memory import ASKING, GROUP, asked_bytes, gathered_bytes, made_bytes
 from distmerge.plan.work import KeyTask
@@ -156,8 +156,8 @@ def is_strided(task: KeyTask) -> bool:
 
 
 def is_copied(task: KeyTask) -> bool:
-    """Is it compared and copied rather than merged?"""
-    return isinstance(task.program.steps[0], Same)
+    """Is it compared and copied, or made with another, rather than merged?"""
+    return isinstance(task.program.steps[0], Same | Scales)
 
 
 def _room(task: KeyTask) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distmerge.checkpoints.tensors import FLOAT_DTYPES
@@ -34,7 +34,7 @@ def edit_config(
     dtypes: Mapping[str, str],
     nbytes: Mapping[str, int] | None = None,
     tied: bool | None = None,
-    keep_quantization: bool = False,
+    quantization: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The donor's config as it holds for the output; the one given is left alone.
 
@@ -42,8 +42,7 @@ def edit_config(
         dtypes: tensor's key -> safetensors dtype that was written for it.
         nbytes: tensor's key -> bytes, to weigh the dtypes by; without it every tensor counts one.
         tied: sets `tie_word_embeddings`; None leaves it as it is.
-        keep_quantization: the output holds the donor's quantized tensors, so the section that
-            describes them stays.
+        quantization: the section that describes the output's quantised tensors, if there are any.
     """
     edited = copy.deepcopy(dict(config))
     edited.pop("_name_or_path", None)
@@ -55,18 +54,40 @@ def edit_config(
     if tied is not None:
         edited["tie_word_embeddings"] = tied
         _set_nested_tied(edited, tied)
-    if not keep_quantization:
-        _drop_quantization(edited)
+    _drop_quantization(edited)
+    if quantization is not None:
+        edited["quantization_config"] = dict(quantization)
     return edited
+
+
+def eight_bit_section(
+    config: Mapping[str, Any], block: Sequence[int], kept: Sequence[str]
+) -> dict[str, Any]:
+    """The section for codes with a scale for each block: the donor's, where it speaks of such.
+
+    kept: modules with matrices that are not in 8 bits.
+    """
+    own = config.get("quantization_config")
+    same = isinstance(own, Mapping) and own.get("quant_method") == "fp8"
+    section = dict(own) if same and isinstance(own, Mapping) else {}
+    section.pop("scale_fmt", None)  # these scales are no powers of two
+    given = {"quant_method": "fp8", "weight_block_size": list(block)}
+    section = {"activation_scheme": "dynamic", **section, **given}
+    return section if same else {**section, "modules_to_not_convert": list(kept)}
 
 
 def written_dtype(dtypes: Mapping[str, str], nbytes: Mapping[str, int] | None = None) -> str | None:
     """The float dtype that most bytes have, by its name in a config; None without floats.
 
-    Equal shares go to the name that sorts first, so that the answer never depends on order.
+    Equal shares go to the name that sorts first, so that the answer never depends on order. Beside
+    other floats, 8-bit codes and their scales don't count: the dtype is that of what isn't
+    quantised.
     """
     shares: Counter[str] = Counter()
-    for key, dtype in dtypes.items():
+    coded = {key for key, dtype in dtypes.items() if dtype.startswith("F8_")}
+    coded |= {key for key in dtypes if key.removesuffix("_scale_inv") in coded}
+    plain = {k: d for k, d in dtypes.items() if k not in coded and d in FLOAT_DTYPES}
+    for key, dtype in (plain or dtypes).items():
         if dtype in FLOAT_DTYPES:
             shares[TORCH_NAMES[dtype]] += 1 if nbytes is None else nbytes[key]
     return min(shares, key=lambda name: (-shares[name], name), default=None)

