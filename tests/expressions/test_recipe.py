@@ -191,7 +191,7 @@ def test_empty_keys_are_absent_ones():
         (linear(parameters="{weight: [{value: 1}, 2]}"), ParameterError, "not of a form", "value"),
         (linear(parameters="3"), RecipeError, "line 4: models.0.parameters", "parameters: {"),
         (linear("dtype: int64"), RecipeError, "line 7: dtype: A merge can't be", "bfloat16"),
-        (linear("out_dtype: float8_e4m3fn"), RecipeError, "line 7: out_dtype: A merge", "float32"),
+        (linear("out_dtype: float8_e5m2"), RecipeError, "line 7: out_dtype: A merge", "float32"),
         (linear("out_dtype: 16"), RecipeError, "line 7: out_dtype: A merge can't", "bfloat16"),
         (linear("seed: abc"), RecipeError, "line 7: seed: Input should be a", "seed: 0"),
         (linear("seed: -1"), RecipeError, "line 7: seed: Input should be greater", "seed: 0"),
