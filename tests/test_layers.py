@@ -45,6 +45,9 @@ DOORS = {
         ("expressions/state_dict.py", "distmerge.huggingface"),
     },
     "fisher without importances": {("expressions/fisher_call.py", "distmerge.importance")},
+    "what transformers holds in another layout": {
+        ("expressions/layouts.py", "distmerge.huggingface.layouts"),
+    },
     "does the written model load": {("write/verify.py", "distmerge.huggingface")},
 }
 """The imports that go up, by what they are for: (file, module)."""
@@ -66,6 +69,7 @@ HOMES = {
         "demo/perplexity.py",
         "demo/training.py",
         "demo/walkthrough.py",
+        "huggingface/layouts.py",
         "huggingface/load_check.py",
         "huggingface/pipelines.py",
         "huggingface/state_dict.py",

@@ -110,6 +110,39 @@ class Plain(View):
 
 
 @dataclass(frozen=True)
+class Slice(View):
+    """A run of another view's elements, under a shape of its own."""
+
+    inner: View
+    first: int
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return self.inner.parts
+
+    @property
+    def fixed(self) -> int:
+        return self.inner.fixed
+
+    @property
+    def whole(self) -> bool:
+        return self.inner.whole
+
+    @property
+    def coded(self) -> bool:
+        return self.inner.coded
+
+    def _inner(self, span: Span) -> Span:
+        return self.first + span[0], self.first + span[1]
+
+    def needs(self, span: Span) -> list[Need]:
+        return self.inner.needs(self._inner(span))
+
+    def values(self, span: Span, pieces: Sequence[Tensor]) -> Tensor:
+        return self.inner.values(self._inner(span), pieces)
+
+
+@dataclass(frozen=True)
 class Joined(View):
     """Other views, one behind the other: what is stacked, or joined along the first dimension."""
 
@@ -126,6 +159,10 @@ class Joined(View):
     @property
     def coded(self) -> bool:
         return any(member.coded for member in self.members)
+
+    @property
+    def whole(self) -> bool:
+        return any(member.whole for member in self.members)
 
     @cached_property
     def _starts(self) -> list[int]:

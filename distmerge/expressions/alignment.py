@@ -19,6 +19,7 @@ from distmerge.checkpoints.tensors import TensorInfo
 from distmerge.checkpoints.views import View
 from distmerge.errors import DtypeMismatch
 from distmerge.expressions.layers import Path, in_layer_order, outer_key
+from distmerge.expressions.layouts import bridge
 from distmerge.expressions.nodes import (
     Expression,
     Leaf,
@@ -148,8 +149,12 @@ def align(root: Expression, base: Leaf | None = None) -> Inputs:
             other_aliases=_aliases(leaf),
         )
         spelling = match.own
-        tensors.append({key: held[name] for key, name in spelling.items()})
+        configs = _config(reference), _config(leaf)
+        matched = {key: held[name] for key, name in spelling.items()}
+        bridged = bridge(tensors[0], matched, configs, str(leaf))
+        tensors.append(bridged.tensors)
         own_keys.append({key: name for key, name in spelling.items() if key != name})
+        skipped += [Skipped(str(leaf), spelling[k], how) for k, how in bridged.used.items()]
         mappings += [f"{leaf}: {sentence}" for sentence in match.mappings]
         skipped += [Skipped(str(leaf), key, reason) for key, reason in match.skipped.items()]
     aligned = {

@@ -5,6 +5,7 @@
     pipelines.py    name -> pipeline, weights -> pipeline
     modules.py      module -> parameters, weights -> module
     state_dict.py   tensors in a file's layout -> a model, as from_pretrained reads them
+    layouts.py      keys -> which of them transformers joins or cuts
     load_check.py   headers -> what from_pretrained would complain about
 
 transformers itself is imported inside functions, when it is first needed.
