@@ -121,8 +121,7 @@ def make_plan(
 
     allowed_mem, reserved: bytes of one worker process, and those that it takes before it merges:
     what this one does and `besides`, if None. sending: what the output's store holds of a shard.
-    workers is recorded, threads are those of each
-    process.
+    workers is recorded, threads are those of each process.
 
     Raises
         KeyMismatch, ShapeMismatch, DtypeMismatch, ParameterError, MemoryBudgetError

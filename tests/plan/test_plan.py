@@ -214,8 +214,9 @@ def test_a_method_that_sees_whole_tensors_is_refused_with_the_size(tmp_path):
     assert plan(distmerge.soup([distmerge.open(model) for model in big])).memory.gathered == 0
 
 
-def test_eight_bit_floats_are_refused_by_name(tmp_path):
-    models = [in_file(tmp_path / str(i), ("w", "F8_E4M3", [8, 8])) for i in range(2)]
+def test_eight_bit_floats_without_their_scale_are_refused_by_name(tmp_path):
+    tensors = [("w", "F8_E4M3", [8, 8]), ("v", "F8_E4M3", [8, 8]), ("v_scale", "F32", [1])]
+    models = [in_file(tmp_path / str(i), *tensors) for i in range(2)]
     with pytest.raises(DtypeMismatch, match="w is F8_E4M3"):
         plan(linear(*models))
 
