@@ -35,7 +35,9 @@ def trees():
         lambda below: st.one_of(
             st.tuples(st.sampled_from("+-*/"), below, below),
             st.tuples(st.sampled_from("+-*/"), below, NUMBERS.map(lambda n: [n])),
-            st.tuples(st.sampled_from("+-*/"), NUMBERS.map(lambda n: [n]), below),
+            st.tuples(st.sampled_from("+-*/"), NUMBERS.map(lambda n: [n]), below).filter(
+                lambda tree: tree[:2] != ("+", [0])  # sum()'s, which leaves even -0.0 as it is
+            ),
             st.tuples(st.just("negated"), below),
         ),
         max_leaves=8,

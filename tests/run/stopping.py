@@ -12,6 +12,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
+from multiprocessing.util import get_temp_dir
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ CLASSES = {
     "HubRepository": hub_repository.HubRepository,
 }
 PROCESSES = multiprocessing.get_context("forkserver")
+get_temp_dir()  # its sockets' folder, for good, before a test points temporary files somewhere long
 PROCESSES.set_forkserver_preload(["run.stopping", "distmerge.cli.app", "distmerge.run.merge"])
 
 
