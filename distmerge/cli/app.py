@@ -9,6 +9,7 @@ import typer
 
 from distmerge.cli import describing, looking, merging, options
 from distmerge.cli.failures import reported
+from distmerge.cli.mergekit_flags import MergekitCommand
 
 app = typer.Typer(
     name="distmerge",
@@ -54,8 +55,8 @@ def demo(
     run(folder)
 
 
+app.command(cls=MergekitCommand)(merging.merge)
 for command in (
-    merging.merge,
     merging.plan,
     looking.inspect,
     looking.verify,

@@ -38,6 +38,7 @@ def merge(
     pull_request: Annotated[
         bool, typer.Option("--pr", help="On the Hub: open a pull request with the result.")
     ] = False,
+    keep_intermediates: options.KeepIntermediates = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan, write nothing.")
     ] = False,
@@ -74,6 +75,7 @@ def merge(
             listener=listener,
             address=address,
             allow_non_finite=allow_non_finite,
+            keep_intermediates=keep_intermediates,
             **settings,
         )
 

@@ -47,6 +47,12 @@ Seed = Annotated[
     int | None, typer.Option(min=0, help="For random methods, instead of the recipe's.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is published at OUT.")]
+KeepIntermediates = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR", help="Write the recipe's named documents too, each below this place."
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(

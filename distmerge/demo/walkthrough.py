@@ -28,7 +28,8 @@ from distmerge.errors import OutputExists
 from distmerge.expressions.compute_pool import one_torch_thread
 from distmerge.plan.sizes import format_size
 from distmerge.run.events import Event
-from distmerge.run.merge import EngineName, merge
+from distmerge.run.merge import merge
+from distmerge.run.options import EngineName
 from distmerge.run.progress import format_seconds, printable
 
 if TYPE_CHECKING:

@@ -121,14 +121,24 @@ class Recipe(BaseModel):
 
     @property
     def text(self) -> str:
-        """The recipe for the record: as written, unless it held secrets or was overridden."""
+        """The recipe for the record: as written, unless it held secrets or was overridden. All
+        documents that it needs are in it.
+        """
         kept = self._document
-        if kept.text is not None and not kept.overridden and "storage_options" not in kept.data:
+        needed = [recipe for recipe in self._named.values() if recipe is not self]
+        as_written = all(
+            not r.document.overridden and "storage_options" not in r.document.data
+            for r in (*needed, self)
+        )
+        if kept.text is not None and as_written:
             return kept.text
+        return "---\n".join(recipe._plain_text() for recipe in (*needed, self))
+
+    def _plain_text(self) -> str:
         # Keys that nobody reads may be where an alias's secret is written.
         ignored = {i.path[0] for i in self._ignored if len(i.path) == 1}
         hidden = {"storage_options", *ignored}
-        return dump_text({k: v for k, v in kept.data.items() if k not in hidden})
+        return dump_text({k: v for k, v in self._document.data.items() if k not in hidden})
 
     @property
     def nested(self) -> Mapping[str, Recipe]:

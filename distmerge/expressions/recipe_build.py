@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distmerge.checkpoints.location import Location
 from distmerge.checkpoints.opening import open_checkpoint
@@ -53,20 +53,48 @@ class Settled:
         for inner in self.nested.values():
             yield from inner.named()
 
+    def every_nested(self) -> Iterator[tuple[str, Settled]]:
+        """The recipes that it needs, those that others need first."""
+        for name, inner in self.nested.items():
+            yield from inner.every_nested()
+            yield name, inner
+
     def warnings(self) -> list[str]:
         """Each once."""
         found = list(self.recipe.warnings)
         found += [text for _, part in self.parts for roles in part for text in roles.warnings]
-        for inner in self.nested.values():
+        for name, inner in self.nested.items():
             found += inner.warnings()
+            found += _only_for_files(name, inner.recipe)
         return list(dict.fromkeys(found))
+
+
+def _only_for_files(name: str, nested: Recipe) -> list[str]:
+    """Keys of a nested recipe that say how it is written."""
+    keys = [key for key in ("dtype", "out_dtype", "config_from") if nested.document.data.get(key)]
+    if not keys:
+        return []
+    where = nested.document.where((keys[0],))
+    return [f"{where}: {' and '.join(keys)} of {name!r} count only with --keep-intermediates."]
 
 
 def build_request(recipe: Recipe, storage_options: StorageOptions) -> MergeRequest:
     """See `Recipe.request`."""
     settled = settle(recipe)
     opened = open_leaves(settled.named(), storage_options)
-    donor = _donor(settled, opened)
+    inner = {
+        name: replace(_request(nested, opened, storage_options), warnings=())
+        for name, nested in settled.every_nested()
+    }
+    request = _request(settled, opened, storage_options)
+    return replace(request, intermediates=tuple(inner.items()))
+
+
+def _request(
+    settled: Settled, opened: Mapping[Location, Leaf], storage_options: StorageOptions
+) -> MergeRequest:
+    recipe = settled.recipe
+    donor = _leaf(settled, settled.donor, opened)
     root = _expression(settled, opened, donor)
     used = leaves(root)
     if donor not in used:  # then the first model's spelling of keys is the output's
@@ -76,7 +104,7 @@ def build_request(recipe: Recipe, storage_options: StorageOptions) -> MergeReque
     return MergeRequest(
         root,
         donor=donor,
-        config_from=opened[config_from.location] if config_from else None,
+        config_from=_leaf(settled, config_from, opened) if config_from else None,
         out_dtype=recipe.out_dtype or recipe.dtype,
         seed=recipe.seed,
         on_unequal=recipe.on_unequal,
@@ -119,9 +147,10 @@ def open_leaves(
     }
 
 
-def _donor(settled: Settled, opened: Mapping[Location, Leaf]) -> Leaf:
-    inner = settled.nested.get(settled.donor.path)
-    return opened[settled.donor.location] if inner is None else _donor(inner, opened)
+def _leaf(settled: Settled, ref: ModelRef, opened: Mapping[Location, Leaf]) -> Leaf:
+    """The checkpoint that a name means; for a nested recipe its donor."""
+    inner = settled.nested.get(ref.path)
+    return opened[ref.location] if inner is None else _leaf(inner, inner.donor, opened)
 
 
 def _expression(settled: Settled, opened: Mapping[Location, Leaf], reference: Leaf) -> Expression:

@@ -25,6 +25,8 @@ class MergeRequest:
     on_unequal: OnUnequal = "error"
     recipe_text: str | None = None
     """The recipe as it was written, when the request came from one."""
+    intermediates: tuple[tuple[str, MergeRequest], ...] = field(default=(), compare=False)
+    """Merges nested in this one that have names, so that they could be written apart."""
     warnings: tuple[str, ...] = ()
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 

@@ -22,9 +22,19 @@ from distmerge.write.config import edit_config, eight_bit_section, written_dtype
 from distmerge.write.config_layers import Origin, edit_layers
 from distmerge.write.donor_files import copy_donor_files
 from distmerge.write.index import INDEX_FILE, index_json
-from distmerge.write.manifest import InputRecord, Manifest, ShardRecord, SkippedTensor, checksum
+from distmerge.write.manifest import (
+    InputRecord,
+    Manifest,
+    ShardRecord,
+    SkippedTensor,
+    checksum,
+    without_credentials,
+)
 from distmerge.write.publish import publish
 from distmerge.write.shard import Receipt
+
+RECIPE_FILE = "mergekit_config.yml"
+"""Where whoever reads merges looks for the recipe."""
 
 
 def finish(plan: Plan, output: OutputStore, receipts: Sequence[Receipt]) -> dict[str, Any]:
@@ -40,6 +50,8 @@ def finish(plan: Plan, output: OutputStore, receipts: Sequence[Receipt]) -> dict
             files["config.json"] = _config(plan, donor.checkpoint)
     card, warnings = _card(plan, output)
     files["README.md"] = card.encode()
+    if plan.request.recipe_text is not None:
+        files[RECIPE_FILE] = without_credentials(plan.request.recipe_text).encode()
     lost = _lost_share(receipts)
     several = len(plan.units) > 1
     index = index_json(plan.weight_map, plan.nbytes, {"format": "pt"}) if several else None

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
-from distmerge.checkpoints.store import OutputStore, StorageOptions
+from distmerge.checkpoints.store import OutputStore
 from distmerge.errors import OutputError, RecipeError
-from distmerge.expressions.compute_pool import usable_cores
 from distmerge.expressions.lazy import LazyStateDict, open_lazy
 from distmerge.expressions.nodes import Expression, Leaf, TensorLeaf, leaves
 from distmerge.expressions.recipe import load_recipe
@@ -21,7 +19,9 @@ from distmerge.plan.sizes import parse_size
 from distmerge.run.engine import Engine, LocalEngine
 from distmerge.run.events import Event, Listener, silent, tell_plan, told_bytes
 from distmerge.run.finish import finish
+from distmerge.run.intermediates import intermediates
 from distmerge.run.journal import ask_model
+from distmerge.run.options import MergeOptions as MergeOptions
 from distmerge.run.worker import OnBytes, WorkerSettings
 from distmerge.write.lease import LeaseKeeper, lease
 from distmerge.write.output import open_output
@@ -36,49 +36,6 @@ from distmerge.write.publish import (
     unpublish,
 )
 from distmerge.write.shard import Receipt, read_receipt
-
-EngineName = Literal["local", "ray"]
-DEFAULT_MEMORY = "2GiB"
-
-
-@dataclass(frozen=True)
-class MergeOptions:
-    """How to run a merge; none of it changes the tensors, but for dtype, seed and device."""
-
-    engine: EngineName = "local"
-    address: str | None = None
-    """Of a Ray cluster to join; None starts one here."""
-    workers: int | None = None
-    """Threads of the local engine, actors of the Ray engine; default the usable cores."""
-    allowed_mem: int | str = DEFAULT_MEMORY
-    """Per worker process, interpreter and torch included."""
-    max_shard_size: int | str | None = None
-    out_dtype: str | None = None
-    device: str = "cpu"
-    seed: int | None = None
-    overwrite: bool = False
-    allow_non_finite: bool = False
-    storage_options: StorageOptions | None = None
-    pull_request: bool = False
-    """On the Hub: propose the merge instead of putting it in place."""
-    overrides: Sequence[str] = ()
-    """`path.to.key=value` for recipes."""
-    strict: bool = False
-
-    @property
-    def replaces(self) -> bool:
-        """May the output hold a model already? A pull request doesn't touch it."""
-        return self.overwrite or self.pull_request
-
-    @property
-    def processes(self) -> int:
-        """Worker processes: the local engine's threads share one."""
-        return 1 if self.engine == "local" else self.workers or usable_cores()
-
-    @property
-    def threads(self) -> int:
-        """Threads in each worker process."""
-        return (self.workers or usable_cores()) if self.engine == "local" else 1
 
 
 def merge(what: Any, out: str, *, listener: Listener = silent, **options: Any) -> LazyStateDict:
@@ -108,6 +65,10 @@ def merge(what: Any, out: str, *, listener: Listener = silent, **options: Any) -
     url, summary = out, None
     if not published.holds(decided.digest):
         _check_place(decided, output, published, settings)
+    if settings.keep_intermediates is not None:
+        for inner, place, own in intermediates(request, settings.keep_intermediates, options):
+            merge(inner, place, listener=listener, **own)
+    if not published.holds(decided.digest):
         summary = _write(decided, output, settings, listener)
     elif published.unfinished:  # it was killed between its last two steps
         with lease(output):

@@ -1,0 +1,33 @@
+"""The named documents of a recipe, each as a merge of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from distmerge.checkpoints.location import is_safe_path
+from distmerge.errors import RecipeError
+from distmerge.expressions.request import MergeRequest
+
+Intermediate = tuple[MergeRequest, str, dict[str, Any]]
+
+
+def intermediates(
+    request: MergeRequest, folder: str, options: Mapping[str, Any]
+) -> Iterator[Intermediate]:
+    """What to merge, where to, and with which options, for each named document that is used.
+
+    They are copies for people to look at: the merge that uses them computes them itself, without
+    the rounding that a file brings.
+
+    Raises
+        RecipeError: a name that can't be a folder's.
+    """
+    for name, inner in request.intermediates:
+        if not is_safe_path(name):
+            raise RecipeError(
+                f"{name!r} can't be a folder's name, so its merge can't be written.",
+                fix="give the document another 'name:'",
+            )
+        own = {**options, "keep_intermediates": None, "out_dtype": None, "seed": request.seed}
+        yield inner, f"{folder.rstrip('/')}/{name}", own

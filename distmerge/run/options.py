@@ -1,0 +1,55 @@
+"""How to run a merge, as commands and calls say it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from distmerge.checkpoints.store import StorageOptions
+from distmerge.expressions.compute_pool import usable_cores
+
+EngineName = Literal["local", "ray"]
+DEFAULT_MEMORY = "2GiB"
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """How to run a merge; none of it changes the tensors, but for dtype, seed and device."""
+
+    engine: EngineName = "local"
+    address: str | None = None
+    """Of a Ray cluster to join; None starts one here."""
+    workers: int | None = None
+    """Threads of the local engine, actors of the Ray engine; default the usable cores."""
+    allowed_mem: int | str = DEFAULT_MEMORY
+    """Per worker process, interpreter and torch included."""
+    max_shard_size: int | str | None = None
+    out_dtype: str | None = None
+    device: str = "cpu"
+    seed: int | None = None
+    overwrite: bool = False
+    allow_non_finite: bool = False
+    storage_options: StorageOptions | None = None
+    pull_request: bool = False
+    """On the Hub: propose the merge instead of putting it in place."""
+    keep_intermediates: str | None = None
+    """Directory or URL below which the named documents of a recipe are written too."""
+    overrides: Sequence[str] = ()
+    """`path.to.key=value` for recipes."""
+    strict: bool = False
+
+    @property
+    def replaces(self) -> bool:
+        """May the output hold a model already? A pull request doesn't touch it."""
+        return self.overwrite or self.pull_request
+
+    @property
+    def processes(self) -> int:
+        """Worker processes: the local engine's threads share one."""
+        return 1 if self.engine == "local" else self.workers or usable_cores()
+
+    @property
+    def threads(self) -> int:
+        """Threads in each worker process."""
+        return (self.workers or usable_cores()) if self.engine == "local" else 1
