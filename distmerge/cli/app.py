@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from distmerge.cli import describing, looking, merging, options
+from distmerge.cli import describing, explaining, looking, merging, options
 from distmerge.cli.failures import reported
 from distmerge.cli.mergekit_flags import MergekitCommand
 
@@ -58,6 +58,7 @@ def demo(
 app.command(cls=MergekitCommand)(merging.merge)
 for command in (
     merging.plan,
+    explaining.explain,
     looking.inspect,
     looking.verify,
     looking.clean,

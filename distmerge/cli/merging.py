@@ -53,7 +53,7 @@ def merge(
     """Merge models as a recipe says, and write the result."""
     from distmerge.run import merge as running
 
-    request = _request(recipe, overrides, strict=strict)
+    request = read_request(recipe, overrides, strict=strict)
     settings: dict[str, Any] = {
         "engine": engine.value,
         "workers": workers,
@@ -102,7 +102,7 @@ def plan(
     """Show what a merge would do, from headers."""
     from distmerge.run import merge as running
 
-    request = _request(recipe, overrides, strict=strict)
+    request = read_request(recipe, overrides, strict=strict)
     decided = running.plan(
         request,
         out,
@@ -118,7 +118,8 @@ def plan(
     _show(decided, as_json=as_json)
 
 
-def _request(recipe: str, overrides: list[str] | None, *, strict: bool) -> MergeRequest:
+def read_request(recipe: str, overrides: list[str] | None, *, strict: bool) -> MergeRequest:
+    """Load a recipe and open its models; warnings are told on the way."""
     from distmerge.expressions.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides=overrides or (), strict=strict)
