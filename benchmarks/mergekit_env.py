@@ -1,29 +1,47 @@
-"""A virtual environment for mergekit: its requirements must not meet ours."""
+"""A virtual environment for mergekit: its requirements must not meet ours.
+
+The benchmarks and tests/parity run mergekit from here. It is made once, in the temporary folder.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+from filelock import FileLock
+
 VERSION = "0.1.5"
+PLACE = Path(tempfile.gettempdir(), "distmerge-benchmarks", f"mergekit-{VERSION}")
+SHARED = ("torch", "transformers", "safetensors")
+"""Packages of which mergekit runs on the versions that distmerge runs on here."""
 
 
-def ensure_mergekit(folder: Path) -> Path:
+def ensure_mergekit(folder: Path = PLACE) -> Path:
     """The `mergekit-yaml` to run: of the environment in `folder`, made if it isn't there.
 
-    Its torch is the one that distmerge runs on here; pip's own settings say where that comes from.
+    pip's own settings say where packages come from.
+
+    Raises
+        CalledProcessError: it can't be installed; whoever asks next tries again.
     """
     script = folder / "bin" / "mergekit-yaml"
-    if script.exists():
-        return script
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        if not script.exists():  # pip writes it last: after everything that it needs
+            _install(folder)
+    return script
+
+
+def _install(folder: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
     constraints = folder / "constraints.txt"
-    constraints.write_text(f"torch=={version('torch').partition('+')[0]}\n")
+    pins = (f"{name}=={version(name).partition('+')[0]}" for name in SHARED)
+    constraints.write_text("\n".join(pins) + "\n")
     pip: list[str | Path] = [folder / "bin" / "python", "-m", "pip", "install", "-q"]
     subprocess.run([*pip, "-c", constraints, f"mergekit=={VERSION}"], check=True)
-    return script
 
 
 def versions(script: Path) -> str:

@@ -14,17 +14,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distmerge.checkpoints.spellings import (
-    EMBEDDING,
-    OUTPUT,
     Described,
     Side,
     Tensors,
     buffers,
-    embedding,
     open_side,
     tied_to,
     ties,
     two_for_one,
+    vocabulary,
 )
 from distmerge.errors import KeyMismatch
 
@@ -66,7 +64,8 @@ def match_names(
         KeyMismatch: two tensors of one model stand for the same tensor of the other.
     """
     here, there = open_side(base, base_aliases or {}), open_side(other, other_aliases or {})
-    matching = _Matching(here, there, _find_prefix(here, there))
+    words = vocabulary(base_config, other_config)
+    matching = _Matching(here, there, _find_prefix(here, there), words)
     matching.take_tensors()
     matching.take_aliases()
     if ties(base_config if other_config is None else other_config):
@@ -147,6 +146,8 @@ class _Matching:
     base: Side
     other: Side
     prefix: _Prefix
+    words: frozenset[int]
+    """Sizes of the models' vocabularies."""
     placed: dict[str, str] = field(init=False)
     """Plain name in the other model -> plain name in the base."""
     found: dict[str, str] = field(default_factory=dict)
@@ -195,14 +196,15 @@ class _Matching:
 
     def take_tied(self) -> None:
         """Pair what this model's config says is shared, and skip the copies of it."""
+        used = self._drop_used()
         for name, base_key in self.base.plain.items():
-            if base_key not in self.found and (key := self._tied_source(name)):
+            if base_key not in self.found and (key := self._tied_source(name, used)):
                 self._share(base_key, key)
         used = self._drop_used()
         for name in self.left:
-            source = tied_to(name, self.other)
-            if source in used:
-                self.skipped[self.other.plain[name]] = f"tied to {source}"
+            sources = tied_to(name, self.other.shape(name), self.other, used, self.words)
+            if sources:
+                self.skipped[self.other.plain[name]] = f"tied to {sources[0]}"
 
     def result(self) -> NameMatch:
         """What the base has in its order, then what only this model has."""
@@ -218,14 +220,15 @@ class _Matching:
                 extra.append(spelling)
         return NameMatch(own, (*self._sentences(), *self.shared), self.skipped, tuple(extra))
 
-    def _tied_source(self, name: str) -> str | None:
+    def _tied_source(self, name: str, used: set[str]) -> str | None:
+        """The own key that holds what the base has a tensor of its own for, if only one may."""
         shape = self.base.shape(name)
-        if OUTPUT.search(name):
-            return embedding(self.other, shape)
-        if not EMBEDDING.search(name):
-            return None
-        heads = (n for n in self.left if OUTPUT.search(n) and self.other.shape(n) == shape)
-        return next((self.other.plain[head] for head in heads), None)
+        left = {self.other.plain[n] for n in self.left}
+        for among in (left, used):
+            sources = tied_to(name, shape, self.other, among, self.words)
+            if sources:
+                return sources[0] if len(sources) == 1 else None
+        return None
 
     def _share(self, base_key: str, key: str) -> None:
         self.found[base_key] = key

@@ -7,7 +7,7 @@ told apart from parameters, and tied copies from tensors of their own.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -160,39 +160,61 @@ def open_side(tensors: Tensors, aliases: Mapping[str, str]) -> Side:
 
 
 OUTPUT = re.compile(
-    r"(^|\.)(lm_head|lm_head\.decoder|predictions\.decoder|embed_out|proj_out|output)\.weight$"
+    r"(^|\.)(\w*lm_head|(lm_head|predictions)\.decoder|vocab_projector|embed_out|proj_out|output)"
+    r"\.weight$"
 )
 """Output layers that are often tied to the input embedding."""
 EMBEDDING = re.compile(
     r"(^|\.)(\w*embed_tokens|\w*word_embeddings?|wte|shared|\w*embed_in)\.weight$"
 )
+_IN_LAYER = re.compile(r"(^|\.)\d+\.")
+_OUTPUT_BIAS = re.compile(r"(^|\.)(predictions|lm_head)\.decoder\.bias$")
+"""Output layers' biases, of which old files have a copy beside the head's own."""
 
 
 def ties(config: Mapping[str, Any] | None) -> bool:
     """Whether a config says that output and input embeddings are one tensor."""
     if config is None:
         return False
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, Mapping) else {}):
+    for part in _language_parts(config):
         if "tie_word_embeddings" in part:
             return bool(part["tie_word_embeddings"])
     # Until version 5 transformers left the entry out when it was true, and only then.
     return re.match(r"[0-4]\.", str(config.get("transformers_version", ""))) is not None
 
 
-def embedding(side: Side, shape: tuple[int, ...], but: str = "") -> str | None:
-    """The key of the first input embedding of that shape, other than the plain name `but`."""
-    names = (name for name in side.plain if name != but and EMBEDDING.search(name))
-    return next((side.plain[name] for name in names if side.shape(name) == shape), None)
+def vocabulary(*configs: Mapping[str, Any] | None) -> frozenset[int]:
+    """The sizes of vocabularies that configs tell of."""
+    parts = [part for config in configs if config is not None for part in _language_parts(config)]
+    sizes = [part.get(name) for part in parts for name in ("vocab_size", "n_words")]
+    return frozenset(size for size in sizes if isinstance(size, int))
 
 
-def tied_to(name: str, side: Side) -> str | None:
-    """The key of the tensor that a tied copy with this plain name repeats."""
-    if name.endswith("predictions.decoder.bias"):
-        return side.plain.get(name.replace(".decoder.bias", ".bias"))
-    if not (OUTPUT.search(name) or EMBEDDING.search(name)):
-        return None
-    return embedding(side, side.shape(name), but=name)
+def _language_parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield config
+    text = config.get("text_config")
+    if isinstance(text, Mapping):
+        yield text
+
+
+def may_be_tied(name: str, shape: tuple[int, ...], vocabulary: Collection[int]) -> bool:
+    """Does a tensor stand for a vocabulary, by its name or by its shape?"""
+    if OUTPUT.search(name) or EMBEDDING.search(name):
+        return True
+    return len(shape) == 2 and shape[0] in vocabulary and not _IN_LAYER.search(name)
+
+
+def tied_to(
+    name: str, shape: tuple[int, ...], side: Side, among: Collection[str], words: Collection[int]
+) -> list[str]:
+    """Those of the keys `among` of which a tied copy with this plain name and shape may be one."""
+    if _OUTPUT_BIAS.search(name):
+        own = side.plain.get(name.removesuffix("decoder.bias") + "bias")
+        return [own] if own in among and tuple(side.tensors[own].shape) == shape else []
+    if not may_be_tied(name, shape, words):
+        return []
+    alike = (n for n in side.plain if n != name and side.shape(n) == shape)
+    return [side.plain[n] for n in alike if side.plain[n] in among and may_be_tied(n, shape, words)]
 
 
 def two_for_one(name: str, first: str, second: str) -> KeyMismatch:

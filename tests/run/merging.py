@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 import distmerge
 from distmerge.errors import MemoryBudgetError
+from distmerge.expressions.nodes import Leaf
+from distmerge.plan.plan import Plan
 from distmerge.run.merge import plan
 
 SMALL = 3000
@@ -63,3 +66,23 @@ def run(what: Any, place: Path, **options: Any) -> dict[str, bytes]:
 def differing(a: dict[str, bytes], b: dict[str, bytes]) -> list[str]:
     """Names of files that aren't the same, or aren't in both."""
     return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+
+
+def assert_covered(decided: Plan) -> None:
+    """Every input tensor is read, for one key unless it is tied, or listed with a reason, once;
+    every output key has a source."""
+    told = Counter((skipped.model, skipped.key) for skipped in decided.skipped)
+    assert not [key for key, count in told.items() if count > 1]
+    assert all(skipped.reason for skipped in decided.skipped)
+    tasks = [task for unit in decided.units for task in unit.tasks]
+    for place, leaf in enumerate(decided.inputs.leaves):
+        assert isinstance(leaf, Leaf)
+        own = decided.inputs.own_keys[place]
+        read = [own.get(t.program.key, t.program.key) for t in tasks if place in t.inputs]
+        twice = {key for key, count in Counter(read).items() if count > 1}
+        told_of = [s for s in decided.inputs.mappings if s.startswith(f"{leaf}: ")]
+        assert all(any(s.endswith(f"read from {key} (tied)") for s in told_of) for key in twice)
+        skipped = {skipped.key for skipped in decided.skipped if skipped.model == str(leaf)}
+        assert not skipped & set(read)
+        assert skipped | set(read) == set(leaf.checkpoint.tensors) | set(leaf.checkpoint.aliases)
+    assert all(task.inputs for task in tasks)

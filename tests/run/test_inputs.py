@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from run.family import BF16, F32, on_grid, same_tensors, save_model, tensors_at
-from run.merging import least_memory
+from run.merging import assert_covered, least_memory
 from torch import Tensor
 
 import distmerge
@@ -73,23 +72,6 @@ def named(plan: Plan, name: str) -> Checkpoint:
     found = next(leaf for leaf in plan.inputs.leaves if str(leaf) == name)
     assert isinstance(found, Leaf)
     return found.checkpoint
-
-
-def assert_covered(decided: Plan) -> None:
-    """Every input tensor is read or listed with a reason, once; every output key has a source."""
-    told = Counter((skipped.model, skipped.key) for skipped in decided.skipped)
-    assert not [key for key, count in told.items() if count > 1]
-    assert all(skipped.reason for skipped in decided.skipped)
-    tasks = [task for unit in decided.units for task in unit.tasks]
-    for place, leaf in enumerate(decided.inputs.leaves):
-        assert isinstance(leaf, Leaf)
-        own = decided.inputs.own_keys[place]
-        read = [own.get(t.program.key, t.program.key) for t in tasks if place in t.inputs]
-        assert len(read) == len(set(read))
-        skipped = {skipped.key for skipped in decided.skipped if skipped.model == str(leaf)}
-        assert not skipped & set(read)
-        assert skipped | set(read) == set(leaf.checkpoint.tensors) | set(leaf.checkpoint.aliases)
-    assert all(task.inputs for task in tasks)
 
 
 @pytest.mark.parametrize("shift", [1, 2, 4, 7])
