@@ -17,7 +17,6 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 INDIRECT = {
     "botocore": "s3fs",
-    "filelock": "huggingface-hub",
     "packaging": "transformers",
 }
 """Used in tests -> what brings it along, since the two have to fit."""

@@ -210,7 +210,9 @@ def tied_to(
     """Those of the keys `among` of which a tied copy with this plain name and shape may be one."""
     if _OUTPUT_BIAS.search(name):
         own = side.plain.get(name.removesuffix("decoder.bias") + "bias")
-        return [own] if own in among and tuple(side.tensors[own].shape) == shape else []
+        if own is None or own not in among or tuple(side.tensors[own].shape) != shape:
+            return []
+        return [own]
     if not may_be_tied(name, shape, words):
         return []
     alike = (n for n in side.plain if n != name and side.shape(n) == shape)
