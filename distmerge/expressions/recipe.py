@@ -4,7 +4,7 @@
     request = recipe.request()       # opens the models, reads headers only
 
 The language is mergekit's, as far as it is supported; keys of it that are not yet are refused by
-name. Ours besides: seed, over, config_from, on_missing, on_unequal, passthrough,
+name. Ours besides: merge, seed, over, config_from, on_missing, on_unequal, passthrough,
 storage_options. A recipe of several documents is one merge, the others nested in it.
 """
 
@@ -31,9 +31,11 @@ from distmerge.expressions.dtypes import parse_dtype
 from distmerge.expressions.model_ref import ModelRef
 from distmerge.expressions.nodes import OnMissing, OnUnequal
 from distmerge.expressions.recipe_documents import arranged, unused
+from distmerge.expressions.recipe_formula import Formula, named_models, read_formula
 from distmerge.expressions.recipe_keys import (
     Ignored,
     check_forms,
+    check_formula_keys,
     check_keys,
     refuse_soon,
 )
@@ -68,7 +70,10 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    merge_method: str
+    merge_method: str = ""
+    """Empty for a recipe that says `merge:`."""
+    names: dict[str, ModelRef] = {}
+    """What a formula calls its models."""
     base_model: ModelRef | None = None
     name: str | None = None
     """What other documents of the same recipe call this one."""
@@ -97,6 +102,7 @@ class Recipe(BaseModel):
     _levels: dict[KeyPath, Values] = PrivateAttr(default_factory=dict)
     _named: Mapping[str, Recipe] = PrivateAttr(default_factory=dict)
     _beside: tuple[str, ...] = PrivateAttr(default=())
+    _formula: Formula | None = PrivateAttr(default=None)
 
     @property
     def document(self) -> Document:
@@ -107,6 +113,16 @@ class Recipe(BaseModel):
     def method(self) -> MergeMethod:
         """The merge method, found by its name."""
         return self._method or find_method(self.merge_method)
+
+    @property
+    def formula(self) -> Formula | None:
+        """What `merge:` says, if the recipe has that instead of a method."""
+        return self._formula
+
+    def in_formula(self) -> list[ModelRef]:
+        """The models of the formula, in the order in which they are met."""
+        used = self._formula.models() if self._formula else []
+        return [self.names.get(name) or ModelRef(path=name) for name in used]
 
     @property
     def ignored(self) -> tuple[Ignored, ...]:
@@ -151,8 +167,9 @@ class Recipe(BaseModel):
         self._named = documents
 
     def parts(self) -> list[Part]:
-        """What is merged with what."""
-        return parts_of(self.models, self.slices, self.modules, self.base_model)
+        """What is merged with what; nothing if a formula says it."""
+        given = self.models, self.slices, self.modules, self.base_model
+        return [] if self._formula is not None else parts_of(*given)
 
     def identity(self, ref: ModelRef) -> object:
         """Equal for two names of one model."""
@@ -172,7 +189,7 @@ class Recipe(BaseModel):
         sections = [section for part in self.parts() for section in part.sections]
         named = [self.base_model, self.config_from, *(s.base_model for s in sections)]
         named += [source.model for section in sections for source in section.sources]
-        return {ref.path for ref in named if ref is not None}
+        return {ref.path for ref in (*named, *self.in_formula()) if ref is not None}
 
     def request(self, storage_options: StorageOptions | None = None) -> MergeRequest:
         """Open the models, reading headers only, and build the expression.
@@ -226,15 +243,27 @@ def load_recipe(
 
 def _load(document: Document, storage_options: StorageOptions | None) -> Recipe:
     refuse_soon(document)
+    if "merge" in document.data:
+        return _load_formula(document, storage_options)
     method = _method(document)
     ignored = check_keys(document, method)
-    recipe = _validated(document, method, storage_options)
-    recipe._ignored = tuple(ignored)
+    data = {**with_inputs(document.data, method.inputs[1:]), "names": {}}
+    recipe = _validated(document, data, storage_options)
+    recipe._method, recipe._ignored = method, tuple(ignored)
     check_forms(document)
     for part in recipe.parts():
         for section in part.sections:
             for place in (*section.levels, *section.places):
                 recipe.values(*place)
+    return recipe
+
+
+def _load_formula(document: Document, storage_options: StorageOptions | None) -> Recipe:
+    formula = read_formula(document)
+    ignored = check_formula_keys(document, formula.models())
+    data = {**document.data, "models": (), "names": named_models(document)}
+    recipe = _validated(document, data, storage_options)
+    recipe._formula, recipe._ignored = formula, tuple(ignored)
     return recipe
 
 
@@ -257,9 +286,9 @@ def _method(document: Document) -> MergeMethod:
 
 
 def _validated(
-    document: Document, method: MergeMethod, storage_options: StorageOptions | None
+    document: Document, given: Mapping[str, Any], storage_options: StorageOptions | None
 ) -> Recipe:
-    data = dict(with_inputs(document.data, method.inputs[1:]))
+    data = dict(given)
     if storage_options is not None:
         data["storage_options"] = dict(storage_options)
     try:
@@ -267,5 +296,5 @@ def _validated(
     except ValidationError as error:
         raise explained(error, document) from None
     check_storage_options(recipe.storage_options)
-    recipe._document, recipe._method = document, method
+    recipe._document = document
     return recipe

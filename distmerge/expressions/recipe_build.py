@@ -14,9 +14,11 @@ from distmerge.checkpoints.location import Location
 from distmerge.checkpoints.opening import open_checkpoint
 from distmerge.checkpoints.store import StorageOptions
 from distmerge.checkpoints.tensors import Checkpoint
+from distmerge.expressions.lazy import LazyStateDict
 from distmerge.expressions.model_ref import ModelRef
 from distmerge.expressions.nodes import Expression, Leaf, leaves, name_of
 from distmerge.expressions.recipe import Recipe
+from distmerge.expressions.recipe_formula_build import build_formula, unknown_model
 from distmerge.expressions.recipe_roles import Roles, assign_roles
 from distmerge.expressions.recipe_slices import build_parts
 from distmerge.expressions.request import MergeRequest
@@ -41,6 +43,7 @@ class Settled:
 
     def models(self) -> Iterator[ModelRef]:
         """Every model that is listed, in the recipe's order."""
+        yield from self.recipe.in_formula()
         for part in self.recipe.parts():
             for section in part.sections:
                 yield from (source.model for source in section.sources)
@@ -48,6 +51,7 @@ class Settled:
     def named(self) -> Iterator[ModelRef]:
         """Every model that is opened, those of nested recipes too."""
         found = [self.donor, *(ref for _, part in self.parts for r in part for ref in r.named())]
+        found += self.recipe.in_formula()
         found += [self.recipe.config_from] if self.recipe.config_from else []
         yield from (ref for ref in found if ref.path not in self.nested)
         for inner in self.nested.values():
@@ -95,11 +99,15 @@ def _request(
 ) -> MergeRequest:
     recipe = settled.recipe
     donor = _leaf(settled, settled.donor, opened)
-    root = _expression(settled, opened, donor)
-    used = leaves(root)
-    if donor not in used:  # then the first model's spelling of keys is the output's
-        assert isinstance(used[0], Leaf)
-        root = _expression(settled, opened, used[0])
+    if recipe.formula is not None:
+        asked = _evaluated(settled, opened, donor).request()
+        root, donor = asked.root, asked.donor or donor
+    else:
+        root = _expression(settled, opened, donor)
+        used = leaves(root)
+        if donor not in used:  # then the first model's spelling of keys is the output's
+            assert isinstance(used[0], Leaf)
+            root = _expression(settled, opened, used[0])
     config_from = recipe.config_from
     return MergeRequest(
         root,
@@ -121,7 +129,9 @@ def settle(recipe: Recipe) -> Settled:
         for part in recipe.parts()
     )
     nested = {name: settle(inner) for name, inner in recipe.nested.items()}
-    return Settled(recipe, parts, nested)
+    settled = Settled(recipe, parts, nested)
+    _check_names(settled)
+    return settled
 
 
 def open_leaves(
@@ -155,9 +165,34 @@ def _leaf(settled: Settled, ref: ModelRef, opened: Mapping[Location, Leaf]) -> L
 
 def _expression(settled: Settled, opened: Mapping[Location, Leaf], reference: Leaf) -> Expression:
     """reference: the model whose spelling of keys is the output's."""
+    if settled.recipe.formula is not None:
+        return _evaluated(settled, opened, reference).expression
     nested = {name: _expression(s, opened, reference) for name, s in settled.nested.items()}
 
     def model(ref: ModelRef) -> Expression:
         return nested[ref.path] if ref.path in nested else opened[ref.location]
 
     return build_parts(settled.recipe, settled.parts, model, reference)
+
+
+def _evaluated(settled: Settled, opened: Mapping[Location, Leaf], reference: Leaf) -> LazyStateDict:
+    """What the formula of a recipe builds."""
+    recipe, formula = settled.recipe, settled.recipe.formula
+    assert formula is not None
+    made: dict[str, LazyStateDict] = {}
+    for name, ref in zip(formula.models(), recipe.in_formula(), strict=True):
+        inner = settled.nested.get(ref.path)
+        node = _expression(inner, opened, reference) if inner else opened[ref.location]
+        made[name] = LazyStateDict(node)
+    return build_formula(formula, made.__getitem__, recipe.on_missing)
+
+
+def _check_names(settled: Settled) -> None:
+    formula = settled.recipe.formula
+    known = [*settled.recipe.names, *settled.nested]
+    for name in formula.models() if formula else ():
+        assert formula is not None
+        if name not in known:
+            raise unknown_model(formula, name, known)
+    if formula is not None and not formula.models():
+        raise formula.error(formula.tree, "it names no model", fix="merge: 0.5 * a + 0.5 * b")

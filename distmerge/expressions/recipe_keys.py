@@ -8,7 +8,7 @@ where it should stand.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,12 @@ from distmerge.expressions.recipe_words import (
     CALL_NAMES,
     CHOICE_KEYS,
     ELSEWHERE,
+    FORMULA_KEYS,
     LANGUAGE_PARAMETERS,
     MODEL_KEYS,
     MODULE_KEYS,
     NEEDLESS,
+    NOT_WITH_FORMULAS,
     REFERENCE_KEYS,
     SLICE_KEYS,
     SOON_MODEL,
@@ -56,6 +58,30 @@ def check_keys(document: Document, method: MergeMethod) -> list[Ignored]:
     for ignored in found:
         if any(_within(given, ignored.path) for given in document.overridden):
             raise RecipeError(ignored.text, fix=ignored.fix)
+    return found
+
+
+def check_formula_keys(document: Document, used: Collection[str]) -> list[Ignored]:
+    """Every key without effect of a recipe that says `merge:`, models that it doesn't use too.
+
+    Raises
+        RecipeError: a key that would say again what is merged.
+    """
+    data, found = document.data, []
+    for key in data:
+        where = document.where((key,))
+        if key in NOT_WITH_FORMULAS and data[key]:
+            fix = NOT_WITH_FORMULAS[key]
+            raise RecipeError(f"{where}: {key!r} doesn't go with 'merge:'.", fix=fix)
+        if key not in FORMULA_KEYS and key not in SOON_TOP | NOT_WITH_FORMULAS.keys():
+            near = difflib.get_close_matches(key, sorted(FORMULA_KEYS), 1)
+            fix = f"write {near[0]!r}" if near else "leave it out"
+            found.append(Ignored((key,), f"{where}: {key!r} is ignored here; {fix}.", fix))
+    models = data.get("models")
+    for name in models if isinstance(models, dict) else ():
+        if name not in used:
+            text = f"{document.where(('models', name))}: the formula doesn't use {name!r}."
+            found.append(Ignored(("models", name), text, "leave it out"))
     return found
 
 

@@ -38,7 +38,7 @@ def explained(error: ValidationError, document: Document) -> RecipeError:
     """All mistakes in one error, each with its line."""
     mistakes, fix = [], None
     for problem in error.errors(include_url=False):
-        path = tuple(problem["loc"])
+        path = tuple("models" if part == "names" else part for part in problem["loc"])
         names = [str(part) for part in path if isinstance(part, str)]
         raised = problem.get("ctx", {}).get("error")
         reason = raised.headline if isinstance(raised, DistmergeError) else problem["msg"]

@@ -9,8 +9,22 @@ def _words(text: str) -> frozenset[str]:
 
 TOP_KEYS = _words("""
     merge_method base_model models slices modules parameters dtype out_dtype seed over
-    config_from storage_options on_missing on_unequal passthrough name
+    config_from storage_options on_missing on_unequal passthrough name merge
 """)
+FORMULA_KEYS = _words("""
+    merge models dtype out_dtype seed config_from storage_options on_missing on_unequal name
+""")
+"""Keys of a recipe that says `merge:`."""
+NOT_WITH_FORMULAS = {
+    "merge_method": "write the method in the formula, NAME(models=[...])",
+    "parameters": "write them in the formula, NAME(models=[...], weight=0.5)",
+    "base_model": "write base=NAME in the formula; 'config_from:' names who gives the config",
+    "slices": "give them a document with a 'name:', and use that in the formula",
+    "modules": "give them a document with a 'name:', and use that in the formula",
+    "over": "write over='model' in the formula",
+    "passthrough": "write passthrough=[...] in the formula",
+}
+"""What a formula says itself, and how."""
 MODEL_KEYS = frozenset({"model", "parameters"})
 SLICE_KEYS = frozenset({"sources", "base_model", "parameters"})
 MODULE_KEYS = frozenset({"models", "slices", "parameters"})
@@ -18,7 +32,7 @@ REFERENCE_KEYS = frozenset({"path", "revision", "model", "lora"})
 CHOICE_KEYS = frozenset({"filter", "value"})
 
 SOON_TOP = _words("""
-    tokenizer tokenizer_source chat_template merge rename on_shape_mismatch
+    tokenizer tokenizer_source chat_template rename on_shape_mismatch
 """)
 SOON_MODEL = frozenset({"rename"})
 NEEDLESS = frozenset({"override_architecture"})

@@ -148,7 +148,6 @@ def test_parameters_of_mergekit_that_change_nothing_pass_in_silence(method, para
         "tokenizer: {}",
         "tokenizer_source: base",
         "chat_template: auto",
-        "merge: 0.5 * a + 0.5 * b",
         "rename: {a: b}",
         "on_shape_mismatch: base",
     ],
