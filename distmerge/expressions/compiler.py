@@ -19,6 +19,7 @@ from distmerge.expressions.nodes import (
     Branch,
     Expression,
     Leaf,
+    OnShapeMismatch,
     OnUnequal,
     Renumber,
     Select,
@@ -38,10 +39,16 @@ class Compiler:
     """Turns one expression over aligned inputs into programs, key by key."""
 
     def __init__(
-        self, root: Expression, inputs: Inputs, *, on_unequal: OnUnequal = "error"
+        self,
+        root: Expression,
+        inputs: Inputs,
+        *,
+        on_unequal: OnUnequal = "error",
+        on_shape_mismatch: OnShapeMismatch = "error",
     ) -> None:
         self.root = root
         self.on_unequal = on_unequal
+        self.on_shape_mismatch = on_shape_mismatch
         self.inputs = inputs
         self.problems = Problems()
         self.parameters = NodeParameters()
@@ -64,7 +71,10 @@ class Compiler:
         if not steps:
             return None
         read = {i: specs[i] for i in sorted(_read(steps))}
-        self._check_shapes(key, read)
+        if self.on_shape_mismatch == "error":
+            self._check_shapes(key, read)
+        elif len({shape for _, shape in read.values()}) > 1:
+            return self._unfitting(key, min(read))
         dtypes = {dtype for dtype, _ in read.values()}
         if dtypes <= FLOAT_DTYPES:
             return Program(key, tuple(steps if merging else self._steps(key, merging=True)))
@@ -73,6 +83,13 @@ class Compiler:
                 f"{dtype} in {self.inputs.leaves[i]}" for i, (dtype, _) in read.items()
             ]
         return Program(key, (Same(tuple(read) if self.on_unequal == "error" else (min(read),)),))
+
+    def _unfitting(self, key: str, first: int) -> Program | None:
+        """What becomes of a key whose shapes differ; `first` is the base where it has the key."""
+        if self.on_shape_mismatch == "skip":
+            return None
+        floats = self.inputs.spec(first, key)[0] in FLOAT_DTYPES
+        return Program(key, (Read(first) if floats else Same((first,)),))
 
     def _steps(self, key: str, *, merging: bool) -> list[Step]:
         """The steps that the key needs; copying ones have no parameters."""

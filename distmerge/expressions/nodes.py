@@ -24,6 +24,9 @@ Operator = Literal["+", "-", "*", "/"]
 OnUnequal = Literal["error", "base"]
 """What becomes of an integer or boolean tensor that isn't equal in every model: refuse, or copy
 the base's."""
+OnShapeMismatch = Literal["error", "base", "skip"]
+"""What becomes of a tensor whose shapes differ between the models that it is merged from: refuse,
+copy the base's (the first model's where the base isn't among them), or leave it out."""
 OnMissing = Literal["error", "common", "base", "average"]
 """What becomes of a key that not every child of a node has: refuse; leave it out; take the
 base's (leave it out where the base lacks it); average those that have it."""

@@ -34,7 +34,7 @@ class Problems:
             raise ShapeMismatch(
                 f"Models disagree on the shape of {_count(len(self.shapes), 'tensor')}.",
                 *_shown(facts),
-                fix=f"leave the model out, or give tensors of one shape for {first}",
+                fix=f"on_shape_mismatch: base (or skip), or give tensors of one shape for {first}",
             )
         if self.dtypes:
             facts = [f"{key}: " + ", ".join(where) for key, where in self.dtypes.items()]

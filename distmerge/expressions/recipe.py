@@ -4,7 +4,7 @@
     request = recipe.request()       # opens the models, reads headers only
 
 The language is mergekit's, as far as it is supported; keys of it that are not yet are refused by
-name. Ours besides: merge, seed, over, config_from, on_missing, on_unequal, passthrough,
+name. Besides it has merge, seed, over, config_from, on_missing and its like, passthrough,
 storage_options. A recipe of several documents is one merge, the others nested in it.
 """
 
@@ -29,7 +29,7 @@ from distmerge.checkpoints.store import StorageOptions
 from distmerge.errors import DistmergeError, RecipeError
 from distmerge.expressions.dtypes import parse_dtype
 from distmerge.expressions.model_ref import ModelRef
-from distmerge.expressions.nodes import OnMissing, OnUnequal
+from distmerge.expressions.nodes import OnMissing, OnShapeMismatch, OnUnequal
 from distmerge.expressions.recipe_documents import arranged, unused
 from distmerge.expressions.recipe_formula import Formula, named_models, read_formula
 from distmerge.expressions.recipe_keys import (
@@ -71,7 +71,6 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     merge_method: str = ""
-    """Empty for a recipe that says `merge:`."""
     names: dict[str, ModelRef] = {}
     """What a formula calls its models."""
     base_model: ModelRef | None = None
@@ -91,6 +90,7 @@ class Recipe(BaseModel):
     config_from: ModelRef | None = None
     on_missing: OnMissing = "error"
     on_unequal: OnUnequal = "error"
+    on_shape_mismatch: OnShapeMismatch = "error"
     passthrough: Annotated[
         tuple[str, ...], BeforeValidator(lambda keys: [keys] if isinstance(keys, str) else keys)
     ] = ()

@@ -116,6 +116,7 @@ def _request(
         out_dtype=recipe.out_dtype or recipe.dtype,
         seed=recipe.seed,
         on_unequal=recipe.on_unequal,
+        on_shape_mismatch=recipe.on_shape_mismatch,
         recipe_text=recipe.text,
         warnings=tuple(settled.warnings()),
         storage_options=storage_options,

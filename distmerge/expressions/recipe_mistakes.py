@@ -26,6 +26,7 @@ EXAMPLES = {
     "over": "over: tensor, or over: model",
     "on_missing": "on_missing: error, common, base or average",
     "on_unequal": "on_unequal: error, or base",
+    "on_shape_mismatch": "on_shape_mismatch: error, base or skip",
     "passthrough": "passthrough: [lm_head]",
     "storage_options": "storage_options: {'s3://bucket/': {endpoint_url: ...}}",
     "revision": "revision: 'main'; numbers need quotes",

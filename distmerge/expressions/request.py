@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from distmerge.expressions.nodes import Expression, Leaf, OnUnequal, leaves
+from distmerge.expressions.nodes import Expression, Leaf, OnShapeMismatch, OnUnequal, leaves
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class MergeRequest:
     """safetensors' name; None keeps the donor's dtype tensor by tensor."""
     seed: int = 0
     on_unequal: OnUnequal = "error"
+    on_shape_mismatch: OnShapeMismatch = "error"
     recipe_text: str | None = None
     """The recipe as it was written, when the request came from one."""
     intermediates: tuple[tuple[str, MergeRequest], ...] = field(default=(), compare=False)

@@ -62,10 +62,20 @@ def _reason(key: str, paths: Sequence[Path], written: Mapping[str, Program], inp
         names = dict.fromkeys(str(inputs.leaves[leaf]) for leaf in taken[0].leaves)
         return f"taken from {', '.join(names)}"
     if taken:
-        return "its key is written without this model (on_missing, on_unequal, passthrough)"
+        return "its key is written without this model (an on_... key, or passthrough)"
     if all(outer is None for outer in outside):
         return "outside layer_range"
+    if _shapes_differ([outer for outer in outside if outer is not None], inputs):
+        return "its shape differs between models (on_shape_mismatch)"
     return "not in every model (on_missing)"
+
+
+def _shapes_differ(keys: Sequence[str], inputs: Inputs) -> bool:
+    places = range(len(inputs.tensors))
+    return any(
+        len({inputs.spec(i, key)[1] for i in places if key in inputs.tensors[i]}) > 1
+        for key in keys
+    )
 
 
 def _check(inputs: Inputs, used: Mapping[Input, set[str]], skipped: Sequence[Skipped]) -> None:

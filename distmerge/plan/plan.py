@@ -127,7 +127,7 @@ def make_plan(
         KeyMismatch, ShapeMismatch, DtypeMismatch, ParameterError, MemoryBudgetError
     """
     inputs = align(request.root, request.donor)
-    compiler = Compiler(request.root, inputs, on_unequal=request.on_unequal)
+    compiler = _compiler(request, inputs)
     programs = _programs(compiler, inputs.keys if keys is None else keys)
     asks = asks_model(programs, lambda p: inputs.spec(min(p.leaves), p.key)[1])
     if asks and keys is not None:
@@ -163,6 +163,15 @@ def make_plan(
         asks_model=asks,
         workers=workers,
         device=device,
+    )
+
+
+def _compiler(request: MergeRequest, inputs: Inputs) -> Compiler:
+    return Compiler(
+        request.root,
+        inputs,
+        on_unequal=request.on_unequal,
+        on_shape_mismatch=request.on_shape_mismatch,
     )
 
 

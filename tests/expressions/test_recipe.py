@@ -149,7 +149,6 @@ def test_parameters_of_mergekit_that_change_nothing_pass_in_silence(method, para
         "tokenizer_source: base",
         "chat_template: auto",
         "rename: {a: b}",
-        "on_shape_mismatch: base",
     ],
 )
 def test_what_would_change_the_merge_is_refused_by_name(extra):
