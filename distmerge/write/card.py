@@ -1,7 +1,8 @@
 """The boundary between a merge and the people who find it on the Hub: the model card.
 
-The metadata block is made by huggingface_hub's own classes. Only Hub ids are named as base
-models, and a licence only when all parents agree on it.
+The metadata block is read by huggingface_hub's own classes. It isn't written by them: to import
+them takes half a second, which models without metadata can do without. Only Hub ids are named
+as base models, and a licence only when all parents agree on it.
 """
 
 from __future__ import annotations
@@ -111,22 +112,24 @@ def model_card(
         recipe_text: the recipe's YAML, where there was one.
         dtype: what was written.
     """
-    from huggingface_hub import ModelCard, ModelCardData
+    import yaml
 
     agreed = _agreed_license(parents)
-    data = ModelCardData(
-        base_model=list(dict.fromkeys(p.hub_id for p in parents if p.hub_id)) or None,
-        library_name="transformers",
-        tags=["merge", "distmerge"],
-        base_model_relation="merge",
+    fields = {
+        "base_model": list(dict.fromkeys(p.hub_id for p in parents if p.hub_id)),
+        "library_name": "transformers",
+        "tags": ["merge", "distmerge"],
+        "base_model_relation": "merge",
         **_license_fields(agreed),
-    )
+    }
+    given = {name: value for name, value in fields.items() if value}
+    data = yaml.safe_dump(given, sort_keys=False, allow_unicode=True).strip()
     body = _body(name, parents, base, method, dtype, library_version)
     body += ["## Formula", "", *_fenced(expression, ""), ""]
     if recipe_text is not None:
         body += ["## Recipe", "", *_fenced(recipe_text, "yaml"), ""]
     body += ["`distmerge.json` pins every input and holds the checksums of all files.", ""]
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(body)))
+    return f"---\n{data}\n---\n\n" + "\n".join(body)
 
 
 def _body(

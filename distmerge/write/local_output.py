@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from distmerge.checkpoints.local_store import tag_of, walk_files
 from distmerge.checkpoints.location import is_safe_path
 from distmerge.checkpoints.tensors import FileInfo
 from distmerge.errors import OutputError
+from distmerge.write.direct_file import BUFFER, DirectFile
 
+DIRECT = sys.platform == "linux"
+"""Do large files go past the page cache? Elsewhere there is no common way to ask for it."""
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp$")
 
 
@@ -23,7 +27,7 @@ class LocalOutput:
 
     heartbeat = 10.0
     spools = False
-    buffers = 0
+    buffers = BUFFER if DIRECT else 0
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = os.path.abspath(root)
@@ -63,7 +67,7 @@ class LocalOutput:
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Atomically create or replace one small file."""
-        pending = self.open_write(path)
+        pending = PendingLocalFile(self._path(path), direct=False)
         try:
             pending.write(memoryview(data))
         except BaseException:
@@ -73,7 +77,7 @@ class LocalOutput:
 
     def open_write(self, path: str) -> PendingLocalFile:
         """Begin a file beside where it will be, under a name of its own."""
-        return PendingLocalFile(self._path(path))
+        return PendingLocalFile(self._path(path), direct=DIRECT)
 
     def delete(self, path: str) -> None:
         """Remove one file durably; a missing one is no error."""
@@ -138,28 +142,27 @@ class LocalOutput:
 class PendingLocalFile:
     """A file under a temporary name. Exactly one of `commit` and `discard` ends it."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, direct: bool) -> None:
+        """direct: past the page cache, as large files are written."""
         self._path = path
         self._temporary = temporary_name(path)
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            self._file = open(self._temporary, "xb", buffering=0)  # noqa: SIM115
+            self._file = DirectFile(self._temporary) if direct else PlainFile(self._temporary)
         except OSError as error:
             raise output_error(path, error) from error
 
     def write(self, data: memoryview) -> None:
         """Append all of `data`, which may be reused afterwards."""
-        view = data.cast("B")
         try:
-            while view:
-                view = view[self._file.write(view) :]
+            self._file.write(data.cast("B"))
         except OSError as error:
             raise output_error(self._path, error) from error
 
     def commit(self) -> None:
         """Make the bytes durable, then the name."""
         try:
-            os.fsync(self._file.fileno())
+            self._file.sync()
             self._file.close()
             os.replace(self._temporary, self._path)
             sync_folder(os.path.dirname(self._path))
@@ -171,6 +174,26 @@ class PendingLocalFile:
         """Remove the temporary file, if it is still there."""
         self._file.close()
         Path(self._temporary).unlink(missing_ok=True)
+
+
+class PlainFile:
+    """A new file that is written through the page cache; see `DirectFile` for the other way."""
+
+    def __init__(self, path: str) -> None:
+        self._file = open(path, "xb", buffering=0)  # noqa: SIM115
+
+    def write(self, data: memoryview) -> None:
+        """Append all of `data`, bytes."""
+        while data:
+            data = data[self._file.write(data) :]
+
+    def sync(self) -> None:
+        """Make everything durable."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Give the descriptor back; a second time does nothing."""
+        self._file.close()
 
 
 def temporary_name(path: str) -> str:
