@@ -20,7 +20,10 @@ README = REPOSITORY / "README.md"
 RECIPES = REPOSITORY / "docs" / "recipes.md"
 GUIDES = [
     README,
-    *(REPOSITORY / "docs" / f"{n}.md" for n in ("how-to", "from-mergecraft", "methods")),
+    *(
+        REPOSITORY / "docs" / f"{n}.md"
+        for n in ("how-to", "from-mergecraft", "from-mergekit", "methods")
+    ),
 ]
 
 
