@@ -53,7 +53,7 @@ DOORS = {
 """The imports that go up, by what they are for: (file, module)."""
 
 HOMES = {
-    "ray": {"run/ray_engine.py", "demo/walkthrough.py"},
+    "ray": {"run/ray_", "demo/walkthrough.py"},
     "fsspec": {"checkpoints/fsspec_store.py"},
     "s3fs": {"checkpoints/fsspec_store.py"},
     "huggingface_hub": {
@@ -78,12 +78,12 @@ HOMES = {
     "rich": {"cli/tables.py", "demo/walkthrough.py", "plan/describe.py", "run/progress.py"},
     "typer": {"cli/"},
     "numba": {"methods/kernels.py", "methods/random_kernels.py"},
-    "cloudpickle": {"methods/user_code.py", "run/ray_engine.py"},
+    "cloudpickle": {"methods/user_code.py", "run/ray_"},
 }
 """The files that may import a library: it is part of what they are for."""
 AT_THE_TOP = {
-    ("run/ray_engine.py", "ray"),
-    ("run/ray_engine.py", "cloudpickle"),
+    *((f"run/ray_{name}.py", "ray") for name in ("actors", "cluster", "engine")),
+    *((f"run/ray_{name}.py", "cloudpickle") for name in ("actors", "engine", "worker")),
     ("methods/kernels.py", "numba"),
     ("methods/random_kernels.py", "numba"),
     ("methods/user_code.py", "cloudpickle"),

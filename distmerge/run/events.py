@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from distmerge.plan.plan import Plan
     from distmerge.plan.work import WorkUnit
 
-Kind = Literal["plan", "notice", "progress", "unit", "retry", "done"]
+Kind = Literal["plan", "notice", "worker", "progress", "unit", "retry", "done"]
 """plan: units, bytes_in, bytes_out, tensors, resumed (units that an earlier run finished)
 notice: text
+worker: node, pid of a worker on a cluster that is ready
 progress: bytes_read, bytes_written since the last event of this kind
 unit: shard, done (units so far), total
-retry: shard, attempt, reason
+retry: shard, attempt, node (where the worker was lost), reason
 done: url, seconds, bytes_read, bytes_written, tensors, lost_delta_share, notices"""
 
 

@@ -254,6 +254,7 @@ def open_engine(
     return RayEngine(
         worker,
         workers=settings.processes,
+        all_processors=settings.workers is None,
         address=settings.address,
         kernel=decided.kernel,
         on_bytes=on_bytes,

@@ -1,4 +1,7 @@
-"""Units on a Ray cluster: actors that pull one unit at a time.
+"""Units on a Ray cluster: actors, spread over its nodes, that pull one unit at a time.
+
+A fast node so gets more of them. A worker that dies had one unit, so that one alone is blamed; it
+runs again on another node where there is one.
 
 No tensor passes through the driver or Ray's object store; units go out, receipts come back.
 """
@@ -6,67 +9,23 @@ No tensor passes through the driver or Ray's object store; units go out, receipt
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import cloudpickle
 import ray
-from ray.exceptions import (
-    NodeDiedError,
-    OutOfMemoryError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-    WorkerCrashedError,
-)
 
-from distmerge.errors import RecipeError, WorkerLost
+from distmerge.errors import RecipeError
 from distmerge.expressions.evaluate import Place
 from distmerge.expressions.model_questions import KeyPartials
-from distmerge.plan.digest import kernel_class
-from distmerge.plan.memory import bare_process, fitted
 from distmerge.plan.work import Source, WorkUnit
 from distmerge.run.events import Event, Listener, silent
-from distmerge.run.worker import OnBytes, Worker, WorkerSettings
+from distmerge.run.ray_actors import LOST, Actor, Roster, answer
+from distmerge.run.ray_cluster import described, fits_somewhere, join, processors
+from distmerge.run.worker import OnBytes, WorkerSettings
 from distmerge.write.shard import Receipt
 
-ATTEMPTS = 3
-"""Times that a unit may lose its worker, or a worker fail to start, before the run gives up."""
 PATIENCE = 30.0
 """Seconds without a worker after which the user is told."""
-LOST = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
-
-
-class RayWorker:
-    """A `Worker` in an actor's process."""
-
-    def __init__(self, settings: WorkerSettings) -> None:
-        self._settings = settings
-        self._worker: Worker
-
-    def hello(self, sources: Sequence[Source]) -> str:
-        """Start, and say what class of processor this is.
-
-        Reads a byte of every source: raises if this machine doesn't see what the driver saw, and
-        if what this process holds leaves too little of its allowance.
-        """
-        kernel = kernel_class(self._settings.device)
-        memory = fitted(self._settings.memory, bare_process())
-        self._worker = Worker(replace(self._settings, memory=memory))
-        for source in sources:
-            file = next(iter(source.files.values()))
-            self._worker.open(source).read_into(file, 0, memoryview(bytearray(1)))
-        return kernel
-
-    def merge(self, unit: bytes, known: bytes) -> Receipt:
-        """See `Worker.merge`."""
-        return self._worker.merge(cloudpickle.loads(unit), cloudpickle.loads(known))
-
-    def ask(self, unit: bytes, known: bytes) -> bytes:
-        """See `Worker.ask`. The share goes back pickled: what Ray hands out itself is read-only,
-        and partial answers are folded in place."""
-        share = self._worker.ask(cloudpickle.loads(unit), cloudpickle.loads(known))
-        return bytes(cloudpickle.dumps(share))
 
 
 class RayEngine:
@@ -79,22 +38,26 @@ class RayEngine:
         workers: int,
         kernel: str,
         address: str | None = None,
+        all_processors: bool = False,
         on_bytes: OnBytes | None = None,
         listener: Listener = silent,
     ) -> None:
-        self._settings = settings
-        self._workers = workers
-        self._kernel = kernel
+        """all_processors: as many workers as a cluster that isn't started here has processors."""
         self._on_bytes = on_bytes or (lambda read, written: None)
         self._listener = listener
         self._started = not ray.is_initialized()
         if self._started:
-            _start(address, workers)
-        self._actors: list[Any] = []
-        """Those that have said hello."""
-        self._coming: dict[Any, Any] = {}
-        """Those that have not yet: what they will say -> actor."""
-        self._false_starts = 0
+            join(address, workers)
+        here = self._started and address is None
+        self._workers = processors() if all_processors and not here else workers
+        self._roster = Roster(settings, kernel, listener)
+        if here and not fits_somewhere(self._roster.asked):
+            self.close()
+            raise RecipeError(
+                "This machine has no room for a worker.",
+                f"a worker needs {described(self._roster.asked)}",
+                fix="a smaller --allowed-mem, or --engine local",
+            )
 
     def merge(self, units: Sequence[WorkUnit], known: Mapping[Place, Any]) -> Iterator[Receipt]:
         """Receipts as units finish, on whichever actor."""
@@ -118,28 +81,31 @@ class RayEngine:
     ) -> Iterator[tuple[WorkUnit, Any]]:
         # Our own pickle: a user's functions, which workers can't import, travel by value in it.
         answers = ray.put(cloudpickle.dumps(dict(known)))
-        todo = list(reversed(units))
-        attempts: dict[int, int] = {}
-        idle = list(self._actors)
-        running: dict[Any, tuple[Any, WorkUnit]] = {}
+        sources = list(_sources(units).values())
+        todo = list(units)
+        losses: dict[int, list[str]] = {}
+        idle = list(self._roster.live)
+        running: dict[Any, tuple[Actor, WorkUnit]] = {}
         while todo or running:
-            while todo and idle:
-                actor, unit = idle.pop(), todo.pop()
+            while pair := pairing(todo, idle, self._roster.live, losses):
+                actor, unit = pair
+                idle.remove(actor)
+                todo.remove(unit)
                 sent = cloudpickle.dumps(unit)
-                running[getattr(actor, job).remote(sent, answers)] = (actor, unit)
-            self._start_actors(min(self._workers, len(running) + len(todo)), units)
+                running[getattr(actor.handle, job).remote(sent, answers)] = pair
+            self._roster.call_up(min(self._workers, len(running) + len(todo)), sources)
             finished = self._wait(running)
-            if finished in self._coming:
-                idle += self._welcome(finished)
+            if finished in self._roster.coming:
+                idle += self._roster.welcome(finished)
                 continue
             actor, unit = running.pop(finished)
             try:
-                result = _get(finished)
+                result = answer(finished)
             except LOST as error:
-                self._actors.remove(actor)
-                attempts[unit.index] = attempts.get(unit.index, 0) + 1
-                self._note_loss(unit.shard, attempts[unit.index], error)
-                todo.append(unit)
+                self._roster.lose(actor)
+                losses.setdefault(unit.index, []).append(actor.node)
+                self._roster.note_loss(unit.shard, losses[unit.index], error)
+                todo.insert(0, unit)  # what always kills its worker is to be known early
                 continue
             idle.append(actor)
             yield unit, result
@@ -147,85 +113,37 @@ class RayEngine:
     def _wait(self, running: Mapping[Any, Any]) -> Any:
         """The first answer; says so when there is none for want of workers."""
         while True:
-            finished, _ = ray.wait([*running, *self._coming], timeout=PATIENCE)
+            finished, _ = ray.wait([*running, *self._roster.coming], timeout=PATIENCE)
             if finished:
                 return finished[0]
             if not running:
-                text = f"Waiting for {len(self._coming)} workers: has Ray processors to spare?"
+                need = described(self._roster.asked)
+                room = "" if fits_somewhere(self._roster.asked) else "; no node is that large"
+                text = f"Waiting for {len(self._roster.coming)} workers of {need} each{room}."
                 self._listener(Event("notice", {"text": text}))
-
-    def _start_actors(self, enough: int, units: Sequence[WorkUnit]) -> None:
-        """See to it that so many actors are there or coming."""
-        options = {"num_cpus": self._settings.threads, "max_restarts": 0, "max_task_retries": 0}
-        if self._settings.device.startswith("cuda"):
-            options["num_gpus"] = 1
-        sources = list(_sources(units).values())
-        while len(self._actors) + len(self._coming) < enough:
-            actor: Any = ray.remote(RayWorker).options(**options).remote(self._settings)
-            self._coming[actor.hello.remote(sources)] = actor
-
-    def _welcome(self, hello: Any) -> list[Any]:
-        """Take an actor in, unless its bits or its view of the inputs would differ; [] if it
-        died on the way."""
-        actor = self._coming.pop(hello)
-        try:
-            found = _get(hello)
-        except LOST as error:
-            self._false_starts += 1
-            self._note_loss("a worker that started", self._false_starts, error)
-            return []
-        if found != self._kernel:
-            raise RecipeError(
-                "A worker's processor would give other bits than this machine's.",
-                f"here   {self._kernel}",
-                f"worker {found}",
-                fix="export ATEN_CPU_CAPABILITY=avx2 (or default) here and on every node",
-            )
-        self._false_starts = 0
-        self._actors.append(actor)
-        return [actor]
-
-    def _note_loss(self, what: str, attempt: int, error: RayError) -> None:
-        """Raises WorkerLost if that happened once too often."""
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["it died"]
-        if attempt >= ATTEMPTS:
-            raise WorkerLost(
-                f"{what} lost its worker {attempt} times.",
-                *dict.fromkeys((lines[0], lines[-1])),
-                f"a worker may use {self._settings.memory.allowed / 2**30:.1f} GiB, "
-                f"planned {self._settings.memory.projected / 2**30:.1f} GiB",
-                fix="look at Ray's logs of that node; a smaller --allowed-mem, or fewer --workers",
-            )
-        self._listener(Event("retry", {"shard": what, "attempt": attempt + 1, "reason": lines[0]}))
 
     def close(self) -> None:
         """End the actors, and Ray if this engine started it."""
-        for actor in (*self._actors, *self._coming.values()):
-            ray.kill(actor)
+        self._roster.close()
         if self._started:
             ray.shutdown()
 
 
-def _get(reference: Any) -> Any:
-    """An answer; what a worker raised as it was raised there."""
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, Exception) else error) from None
-
-
-def _start(address: str | None, workers: int) -> None:
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
-    if address is None:  # "local": Ray would otherwise join whatever cluster it finds here
-        options |= {"num_cpus": workers, "include_dashboard": False}
-    try:
-        ray.init(address=address or "local", **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise RecipeError(
-            f"Could not join the Ray cluster at {address or 'this machine'}.",
-            str(error).splitlines()[0],
-            fix="check --address, or leave it out to start Ray here",
-        ) from error
+def pairing(
+    todo: Sequence[WorkUnit],
+    idle: Sequence[Actor],
+    live: Sequence[Actor],
+    losses: Mapping[int, Sequence[str]],
+) -> tuple[Actor, WorkUnit] | None:
+    """Who shall run which unit next, if anyone: in the units' order, but not on a node where the
+    unit lost a worker as long as there is a worker elsewhere."""
+    for unit in todo:
+        bad = losses.get(unit.index, ())
+        elsewhere = [actor for actor in live if actor.node not in bad]
+        fit = [actor for actor in idle if actor in elsewhere or not elsewhere]
+        if fit:
+            return fit[0], unit
+    return None
 
 
 def _sources(units: Sequence[WorkUnit]) -> dict[tuple[str, str | None], Source]:

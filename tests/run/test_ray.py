@@ -16,7 +16,8 @@ import distmerge
 from distmerge.errors import MethodError, WorkerLost
 from distmerge.run.events import Event
 from distmerge.run.merge import plan
-from distmerge.run.ray_engine import RayEngine
+from distmerge.run.ray_actors import Actor
+from distmerge.run.ray_engine import RayEngine, pairing
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -150,6 +151,19 @@ def test_what_a_method_raises_arrives_as_it_does_locally(my, models, tmp_path):
     assert [
         n for n in names_below(tmp_path / "out") if "safetensors" in n or n[-4:] == ".tmp"
     ] == []
+
+
+def test_a_unit_goes_elsewhere_than_where_it_lost_its_worker(models):
+    units = plan(distmerge.soup([distmerge.open(model) for model in models]), max_shard_size=SMALL)
+    lost, other = units.units[:2]
+    here, there = Actor(None, "here", 1), Actor(None, "there", 2)
+    losses = {lost.index: ["here"]}
+    assert pairing([lost, other], [here], [here, there], losses) == (here, other)
+    assert pairing([lost], [here], [here, there], losses) is None
+    assert pairing([lost, other], [here, there], [here, there], losses) == (there, lost)
+    assert pairing([lost, other], [here], [here], losses) == (here, lost), "nowhere else to go"
+    losses = {lost.index: ["here", "there"]}
+    assert pairing([lost], [here], [here, there], losses) == (here, lost)
 
 
 def test_answers_are_folded_in_the_units_order_whichever_worker_was_first(models, monkeypatch):

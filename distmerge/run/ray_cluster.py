@@ -1,0 +1,63 @@
+"""The boundary between the Ray engine and the cluster: joining one, and what it has room for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+
+from distmerge.errors import RecipeError
+from distmerge.run.worker import WorkerSettings
+
+GiB = 2**30
+_RAY: Any = ray  # these few functions of it have no types
+
+
+def join(address: str | None, workers: int) -> None:
+    """Join the cluster at an address, or start Ray here with room for so many workers.
+
+    Raises
+        RecipeError: there is none, or it doesn't let us in.
+    """
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
+    if address is None:  # "local": Ray would otherwise join whatever cluster it finds here
+        options |= {"num_cpus": workers, "include_dashboard": False}
+    try:
+        ray.init(address=address or "local", **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise RecipeError(
+            f"Could not join the Ray cluster at {address or 'this machine'}.",
+            str(error).splitlines()[0],
+            fix="check --address, or leave it out to start Ray here",
+        ) from error
+
+
+def this_node() -> str:
+    """This machine's address, and the first digits of Ray's id for it."""
+    node = _RAY.get_runtime_context().get_node_id()
+    return f"{_RAY.util.get_node_ip_address()}/{node[:6]}"
+
+
+def processors() -> int:
+    """Of the whole cluster, as it is now."""
+    return max(1, int(_RAY.cluster_resources().get("CPU", 0)))
+
+
+def asked_for(settings: WorkerSettings) -> dict[str, float]:
+    """What a worker asks of a node, in Ray's words: cores, bytes, and a GPU where it computes on
+    one. Ray only counts the bytes; that they are kept is the memory plan's part."""
+    asked: dict[str, float] = {"CPU": settings.threads, "memory": settings.memory.projected}
+    return asked | ({"GPU": 1.0} if settings.device.startswith("cuda") else {})
+
+
+def fits_somewhere(asked: Mapping[str, float]) -> bool:
+    """Whether some node, with nothing else on it, has room for a worker."""
+    nodes = [node["Resources"] for node in _RAY.nodes() if node["Alive"]]
+    return any(all(node.get(k, 0.0) >= much for k, much in asked.items()) for node in nodes)
+
+
+def described(asked: Mapping[str, float]) -> str:
+    """`1 CPU, 1.2 GiB of memory`."""
+    parts = [f"{asked['CPU']:g} CPU", f"{asked['memory'] / GiB:.1f} GiB of memory"]
+    return ", ".join(parts + (["1 GPU"] if "GPU" in asked else []))

@@ -1,0 +1,79 @@
+"""The Ray engine's other half, in an actor's process: a `Worker` behind a handshake."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from typing import TypedDict
+
+import cloudpickle
+import torch
+
+from distmerge.plan.digest import kernel_class
+from distmerge.plan.memory import bare_process, fitted
+from distmerge.plan.work import Source
+from distmerge.run.ray_cluster import this_node
+from distmerge.run.worker import Worker, WorkerSettings
+from distmerge.write.shard import Receipt
+
+
+class Greeting(TypedDict):
+    """What a worker says of itself. Only Python's own types: another version must understand it."""
+
+    node: str
+    """The machine's address, and the first digits of Ray's id for the node."""
+    pid: int
+    versions: dict[str, str]
+    kernel: str
+    """Its class of processor; empty if its versions are others, since it looked no further."""
+
+
+class RayWorker:
+    """A `Worker` in an actor's process."""
+
+    def __init__(self) -> None:
+        self._worker: Worker
+
+    def hello(self, expected: Mapping[str, str], settings: bytes, sources: bytes) -> Greeting:
+        """Start, unless the versions here are not the driver's.
+
+        Reads a byte of every source: raises if this machine doesn't see what the driver saw, and
+        if what this process holds leaves too little of its allowance.
+        """
+        found = Greeting(node=this_node(), pid=os.getpid(), versions=versions(), kernel="")
+        if found["versions"] != dict(expected):
+            return found
+        told: WorkerSettings = cloudpickle.loads(settings)
+        memory = fitted(told.memory, bare_process())
+        self._worker = Worker(replace(told, memory=memory))
+        self._look_at(cloudpickle.loads(sources))
+        found["kernel"] = kernel_class(told.device)
+        return found
+
+    def _look_at(self, sources: Sequence[Source]) -> None:
+        for source in sources:
+            file = next(iter(source.files.values()))
+            self._worker.open(source).read_into(file, 0, memoryview(bytearray(1)))
+
+    def merge(self, unit: bytes, known: bytes) -> Receipt:
+        """See `Worker.merge`."""
+        return self._worker.merge(cloudpickle.loads(unit), cloudpickle.loads(known))
+
+    def ask(self, unit: bytes, known: bytes) -> bytes:
+        """See `Worker.ask`. The share goes back pickled: what Ray hands out itself is read-only,
+        and partial answers are folded in place."""
+        share = self._worker.ask(cloudpickle.loads(unit), cloudpickle.loads(known))
+        return bytes(cloudpickle.dumps(share))
+
+
+def versions() -> dict[str, str]:
+    """What must be the same where work is sent and where it is done: of torch and Python what
+    decides bits and pickles, the first two numbers."""
+    return {
+        "distmerge": version("distmerge"),
+        "torch": ".".join(torch.__version__.split("+")[0].split(".")[:2]),
+        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+    }
