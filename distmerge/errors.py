@@ -21,6 +21,7 @@
     |-- MethodError (RuntimeError)              a merge method raised or broke its contract
     |-- NonFiniteResult (ArithmeticError)
     |-- VerificationFailed (RuntimeError)
+    |-- SweepFailed (RuntimeError)             some candidates of a sweep could not be merged
     `-- WorkerLost (RuntimeError)
 
 Each reads: one headline sentence, one fact per line, and a `Fix:` line with something to type.
@@ -134,6 +135,10 @@ class NonFiniteResult(DistmergeError, ArithmeticError):
 
 class VerificationFailed(DistmergeError, RuntimeError):
     """An output is not what its manifest says."""
+
+
+class SweepFailed(DistmergeError, RuntimeError):
+    """Some candidates of a sweep could not be merged; the others are written."""
 
 
 class WorkerLost(DistmergeError, RuntimeError):

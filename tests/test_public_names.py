@@ -18,9 +18,9 @@ NAMES = """
 AccessDenied CheckpointError CheckpointNotFound DistmergeError DtypeMismatch KeyMismatch
 LazyStateDict MalformedCheckpoint MemoryBudgetError MethodError MismatchError NonFiniteResult
 OutputError OutputExists OutputLocked ParameterError PerModel ReadFailed RecipeError ShapeMismatch
-SourceChanged StateDict UnknownMethod VerificationFailed WorkerLost cutoff dare dict_map dots
-estimate_fisher find_method fisher keep_above largest layer_merge max_magnitude median merge
-model_merge open save_importance slerp soup stock task ties total
+SourceChanged StateDict SweepFailed UnknownMethod VerificationFailed WorkerLost cutoff dare
+dict_map dots estimate_fisher find_method fisher keep_above largest layer_merge max_magnitude median
+merge model_merge open save_importance slerp soup stock task ties total
 """
 PUBLIC = NAMES.split()
 

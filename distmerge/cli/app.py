@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from distmerge.cli import describing, explaining, looking, merging, options
+from distmerge.cli import describing, explaining, looking, merging, options, sweeping
 from distmerge.cli.failures import reported
 from distmerge.cli.mergekit_flags import MergekitCommand
 
@@ -59,6 +59,7 @@ def demo(
 app.command(cls=MergekitCommand)(merging.merge)
 for command in (
     merging.plan,
+    sweeping.sweep,
     explaining.explain,
     looking.inspect,
     looking.verify,

@@ -15,8 +15,9 @@ from distmerge.run.progress import printable, watching
 if TYPE_CHECKING:
     from distmerge.expressions.request import MergeRequest
     from distmerge.plan.plan import Plan
+    from distmerge.sweep.plan import SweepPlan
 
-_ALLOWED_MEM = "2GiB"
+ALLOWED_MEM = "2GiB"
 
 
 @reported
@@ -26,7 +27,7 @@ def merge(
     engine: options.Engine = options.EngineName.local,
     address: options.Address = None,
     workers: options.Workers = None,
-    allowed_mem: options.AllowedMem = _ALLOWED_MEM,
+    allowed_mem: options.AllowedMem = ALLOWED_MEM,
     max_shard_size: options.MaxShardSize = None,
     out_dtype: options.OutDtype = None,
     device: options.Device = options.DeviceName.cpu,
@@ -66,7 +67,7 @@ def merge(
         "pull_request": pull_request,
     }
     if dry_run:
-        _show(running.plan(request, out, **settings), as_json=as_json)
+        show_plan(running.plan(request, out, **settings), as_json=as_json)
         return
     with watching(json=as_json, quiet=quiet, told=request.warnings) as listener:
         running.merge(
@@ -88,7 +89,7 @@ def plan(
     ] = None,
     engine: options.Engine = options.EngineName.local,
     workers: options.Workers = None,
-    allowed_mem: options.AllowedMem = _ALLOWED_MEM,
+    allowed_mem: options.AllowedMem = ALLOWED_MEM,
     max_shard_size: options.MaxShardSize = None,
     out_dtype: options.OutDtype = None,
     device: options.Device = options.DeviceName.cpu,
@@ -115,7 +116,7 @@ def plan(
         seed=seed,
         overwrite=overwrite,
     )
-    _show(decided, as_json=as_json)
+    show_plan(decided, as_json=as_json)
 
 
 def read_request(recipe: str, overrides: list[str] | None, *, strict: bool) -> MergeRequest:
@@ -125,18 +126,20 @@ def read_request(recipe: str, overrides: list[str] | None, *, strict: bool) -> M
     loaded = load_recipe(recipe, overrides=overrides or (), strict=strict)
     # A key that has no effect is often why the models then don't fit, so these come first.
     for text in loaded.warnings:
-        _warn(text)
+        warn(text)
     request = loaded.request()
     for text in request.warnings[len(loaded.warnings) :]:
-        _warn(text)
+        warn(text)
     return request
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
+    """Tell a person of something that has no effect, or another than it seems."""
     print(printable(f"Warning: {text}"), file=sys.stderr, flush=True)
 
 
-def _show(decided: Plan, *, as_json: bool) -> None:
+def show_plan(decided: Plan | SweepPlan, *, as_json: bool) -> None:
+    """On standard output."""
     if as_json:
         print(json.dumps(decided.to_json(), indent=2, ensure_ascii=False))
         return

@@ -209,7 +209,7 @@ class Recipe(BaseModel):
 
 
 def load_recipe(
-    source: str | os.PathLike[str] | Mapping[str, Any],
+    source: str | os.PathLike[str] | Mapping[str, Any] | Sequence[Document],
     *,
     overrides: Sequence[str] = (),
     storage_options: StorageOptions | None = None,
@@ -218,7 +218,7 @@ def load_recipe(
     """Read and validate a recipe; no model is looked at.
 
     Args
-        source: a path, "-" for standard input, YAML text, or a mapping.
+        source: a path, "-" for standard input, YAML text, a mapping, or what has been read.
         overrides: `key.key=value`, values in YAML, list items by number.
         storage_options: instead of the recipe's.
         strict: keys that have no effect are an error.

@@ -6,7 +6,7 @@ sections become nodes: one for the whole model, or one for each slice and module
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -85,7 +85,15 @@ def _only_for_files(name: str, nested: Recipe) -> list[str]:
 def build_request(recipe: Recipe, storage_options: StorageOptions) -> MergeRequest:
     """See `Recipe.request`."""
     settled = settle(recipe)
-    opened = open_leaves(settled.named(), storage_options)
+    return request_of(settled, pin_models(settled.named(), storage_options), storage_options)
+
+
+def request_of(
+    settled: Settled, pinned: Mapping[Location, Checkpoint], storage_options: StorageOptions
+) -> MergeRequest:
+    """The request of a recipe whose models, and perhaps others, are open. Raises
+    ParameterError."""
+    opened = name_leaves(settled.named(), pinned)
     inner = {
         name: replace(_request(nested, opened, storage_options), warnings=())
         for name, nested in settled.every_nested()
@@ -135,11 +143,11 @@ def settle(recipe: Recipe) -> Settled:
     return settled
 
 
-def open_leaves(
-    models: Iterator[ModelRef] | Sequence[ModelRef], storage_options: StorageOptions
-) -> dict[Location, Leaf]:
-    """Open each model once, at the same time, and name them apart. Raises the first's error."""
-    unique = {model.location: model for model in reversed(list(models))}
+def pin_models(
+    models: Iterable[ModelRef], storage_options: StorageOptions
+) -> dict[Location, Checkpoint]:
+    """Open each model once, all at the same time. Raises the first's error."""
+    unique = _unique(models)
 
     def pin(model: ModelRef) -> Checkpoint:
         return open_checkpoint(
@@ -150,12 +158,23 @@ def open_leaves(
         )
 
     with ThreadPoolExecutor(_MODELS_AT_ONCE, thread_name_prefix="distmerge-open") as pool:
-        opened = dict(zip(unique, pool.map(pin, unique.values()), strict=True))
+        return dict(zip(unique, pool.map(pin, unique.values()), strict=True))
+
+
+def name_leaves(
+    models: Iterable[ModelRef], pinned: Mapping[Location, Checkpoint]
+) -> dict[Location, Leaf]:
+    """A leaf for each of a recipe's models, whose short names are told apart by their places."""
+    opened = {location: pinned[location] for location in _unique(models)}
     short = [name_of(checkpoint) for checkpoint in opened.values()]
     return {
         location: Leaf.of(checkpoint, checkpoint.url if short.count(name) > 1 else name)
         for (location, checkpoint), name in zip(opened.items(), short, strict=True)
     }
+
+
+def _unique(models: Iterable[ModelRef]) -> dict[Location, ModelRef]:
+    return {model.location: model for model in reversed(list(models))}
 
 
 def _leaf(settled: Settled, ref: ModelRef, opened: Mapping[Location, Leaf]) -> Leaf:

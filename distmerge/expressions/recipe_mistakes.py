@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 from pydantic import ValidationError
 
 from distmerge.checkpoints.location import redact
@@ -35,11 +37,21 @@ EXAMPLES = {
 """What a key looks like where it is right."""
 
 
-def explained(error: ValidationError, document: Document) -> RecipeError:
-    """All mistakes in one error, each with its line."""
+def explained(
+    error: ValidationError,
+    document: Document,
+    *,
+    examples: Mapping[str, str] = EXAMPLES,
+    hidden: Collection[str] = (),
+) -> RecipeError:
+    """All mistakes in one error, each with its line.
+
+    hidden: words that pydantic puts into places though the document has no such keys.
+    """
     mistakes, fix = [], None
     for problem in error.errors(include_url=False):
-        path = tuple("models" if part == "names" else part for part in problem["loc"])
+        loc = (part for part in problem["loc"] if part not in hidden)
+        path = tuple("models" if part == "names" else part for part in loc)
         names = [str(part) for part in path if isinstance(part, str)]
         raised = problem.get("ctx", {}).get("error")
         reason = raised.headline if isinstance(raised, DistmergeError) else problem["msg"]
@@ -49,7 +61,7 @@ def explained(error: ValidationError, document: Document) -> RecipeError:
             shown = ""
         mistakes.append(f"{document.where(path)}: {dotted(path)}: {reason}{shown}")
         own = raised.fix if isinstance(raised, DistmergeError) else None
-        example = next((EXAMPLES[n] for n in reversed(names) if n in EXAMPLES), None)
+        example = next((examples[n] for n in reversed(names) if n in examples), None)
         fix = fix or own or example
     if len(mistakes) == 1:
         return RecipeError(mistakes[0].rstrip(".") + ".", fix=fix)

@@ -61,7 +61,9 @@ def dotted(path: KeyPath) -> str:
 Given = str | os.PathLike[str] | Mapping[str, Any]
 
 
-def read_documents(source: Given | Sequence[Mapping[str, Any]]) -> list[Document]:
+def read_documents(
+    source: Given | Sequence[Mapping[str, Any]] | Sequence[Document],
+) -> list[Document]:
     """A recipe's documents from a file, from standard input ("-"), from YAML text, from a mapping
     or from several.
 
@@ -73,8 +75,12 @@ def read_documents(source: Given | Sequence[Mapping[str, Any]]) -> list[Document
     if isinstance(source, Mapping):
         return [Document(_plain(source, ()), origin="the recipe")]
     if isinstance(source, list | tuple):
-        several = enumerate(source, 1)
-        return [Document(_plain(one, ()), f"document {n} of the recipe") for n, one in several]
+        return [
+            one
+            if isinstance(one, Document)
+            else Document(_plain(one, ()), f"document {n} of the recipe")
+            for n, one in enumerate(source, 1)
+        ]
     if source == "-":
         return parse_documents(sys.stdin.read(LARGEST_RECIPE + 1), "standard input")
     assert isinstance(source, str | os.PathLike)

@@ -74,13 +74,15 @@ def tables(plan: Plan) -> list[Table]:
     made = [_summary(plan), _inputs(plan), _units(plan)]
     if plan.inputs.mappings:
         made.append(
-            _list("Names matched", ("what was read as what",), [(m,) for m in plan.inputs.mappings])
+            listed(
+                "Names matched", ("what was read as what",), [(m,) for m in plan.inputs.mappings]
+            )
         )
     if plan.skipped:
         counts = Counter((s.model, s.reason) for s in plan.skipped)
         first = {(s.model, s.reason): s.key for s in reversed(plan.skipped)}
         rows = [(m, str(n), first[m, r], r) for (m, r), n in counts.items()]
-        made.append(_list("Left out", ("model", "tensors", "such as", "because"), rows))
+        made.append(listed("Left out", ("model", "tensors", "such as", "because"), rows))
     return made
 
 
@@ -99,7 +101,7 @@ def _summary(plan: Plan) -> Table:
     if plan.asks_model:
         rows.insert(4, ("passes", "the whole model is read for its statistics first"))
     rows += [("warning", text) for text in plan.request.warnings]
-    return _list("Plan", ("what", "it is"), rows)
+    return listed("Plan", ("what", "it is"), rows)
 
 
 def _inputs(plan: Plan) -> Table:
@@ -112,7 +114,7 @@ def _inputs(plan: Plan) -> Table:
         rows.append(
             (found["name"], f"{found['tensors']:,}", format_size(found.get("bytes", 0)), place)
         )
-    return _list("Inputs", ("model", "tensors", "size", "from"), rows)
+    return listed("Inputs", ("model", "tensors", "size", "from"), rows)
 
 
 def _units(plan: Plan) -> Table:
@@ -120,10 +122,11 @@ def _units(plan: Plan) -> Table:
         (u.shard, f"{len(u.tasks):,}", format_size(u.bytes_in), format_size(u.size))
         for u in plan.units
     ]
-    return _list("Work", ("shard", "tensors", "read", "written"), rows)
+    return listed("Work", ("shard", "tensors", "read", "written"), rows)
 
 
-def _list(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def listed(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table of words, cut after `SHOWN` rows."""
     from rich.table import Table
     from rich.text import Text
 

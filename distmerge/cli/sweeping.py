@@ -1,0 +1,72 @@
+"""`distmerge sweep`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from distmerge.cli import options
+from distmerge.cli.failures import reported
+from distmerge.cli.merging import ALLOWED_MEM, show_plan, warn
+from distmerge.run.progress import watching
+
+
+@reported
+def sweep(
+    space: Annotated[
+        str,
+        typer.Argument(metavar="SWEEP", help="A recipe with grid, zip, list, sample, ..., or -."),
+    ],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="Each candidate is written to OUT/NAME.")
+    ],
+    engine: options.Engine = options.EngineName.local,
+    address: options.Address = None,
+    workers: options.Workers = None,
+    allowed_mem: options.AllowedMem = ALLOWED_MEM,
+    max_shard_size: options.MaxShardSize = None,
+    out_dtype: options.OutDtype = None,
+    device: options.Device = options.DeviceName.cpu,
+    seed: options.Seed = None,
+    overwrite: options.Overwrite = False,
+    allow_non_finite: Annotated[
+        bool, typer.Option("--allow-non-finite", help="Write NaN and infinity too.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show candidates and cost, write nothing.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings and errors.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Events on stdout, one JSON object a line.")
+    ] = False,
+    overrides: options.Overrides = None,
+    strict: options.Strict = False,
+    trace: options.Trace = False,
+) -> None:
+    """Merge many variants of one recipe."""
+    from distmerge.run.options import MergeOptions
+    from distmerge.sweep.definition import load_sweep
+    from distmerge.sweep.plan import plan_sweep
+    from distmerge.sweep.run import run_sweep
+
+    wanted = load_sweep(space, overrides=overrides or (), strict=strict)
+    for text in wanted.warnings:
+        warn(text)
+    settings = MergeOptions(
+        engine=engine.value,
+        address=address,
+        workers=workers,
+        allowed_mem=allowed_mem,
+        max_shard_size=max_shard_size,
+        out_dtype=out_dtype,
+        device=device.value,
+        seed=seed,
+        overwrite=overwrite,
+        allow_non_finite=allow_non_finite,
+    )
+    if dry_run:
+        show_plan(plan_sweep(wanted, settings), as_json=as_json)
+        return
+    with watching(json=as_json, quiet=quiet, told=wanted.warnings) as listener:
+        run_sweep(wanted, out, settings, listener=listener)

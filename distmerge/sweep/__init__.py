@@ -1,0 +1,1 @@
+"""Many merges of the same models: the space of candidates, its plan, its running."""

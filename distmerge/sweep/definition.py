@@ -1,0 +1,189 @@
+"""The boundary between SWEEP.yaml and recipes: a sweep is a recipe with a space of settings.
+
+    sweep = load_sweep("sweep.yml")
+    sweep.candidates          their names, settings and recipes; no model is looked at
+
+The keys of the space stand beside those of the recipe, or beside `recipe: FILE`. A candidate is
+the recipe with its settings given as `--set` would give them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from distmerge.checkpoints.location import redact
+from distmerge.checkpoints.store import StorageOptions
+from distmerge.errors import DistmergeError, RecipeError
+from distmerge.expressions.recipe import Recipe, load_recipe
+from distmerge.expressions.recipe_mistakes import explained
+from distmerge.expressions.recipe_text import Document, Given, override, read_documents
+from distmerge.sweep.names import names_of
+from distmerge.sweep.space import HIDDEN, SPACE_KEYS, Settings, Space
+
+EXAMPLES = {
+    "combinations": "combinations: {of: [org/law, org/food, org/code], size: 2..3}",
+    "size": "size: 2, or size: 2..4",
+    "of": "of: [org/law, org/food, org/code]",
+    "grid": "grid: {parameters.density: [0.2, 0.5], parameters.weight: [0.5, 1]}",
+    "zip": "zip: {models.0.parameters.weight: [0, 1], models.1.parameters.weight: [1, 0]}",
+    "list": "list: [{parameters.density: 0.2}, {parameters.density: 0.5, seed: 1}]",
+    "sample": "sample: {count: 8, over: {parameters.density: {min: 0.1, max: 0.9}}}",
+    "over": "over: {parameters.density: {min: 0.1, max: 0.9}, merge_method: [ties, dare_ties]}",
+    "how": "how: sobol, or how: random",
+    "exclude": "exclude: [{parameters.density: 0.2, parameters.weight: {max: 0.5}}]",
+}
+"""What a key of the space looks like where it is right."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One recipe of a sweep."""
+
+    name: str
+    """A folder's name, unique in the sweep."""
+    settings: Settings
+    recipe: Recipe = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A validated SWEEP.yaml."""
+
+    candidates: tuple[Candidate, ...]
+    warnings: tuple[str, ...] = ()
+
+
+def load_sweep(
+    source: Given,
+    *,
+    overrides: Sequence[str] = (),
+    storage_options: StorageOptions | None = None,
+    strict: bool = False,
+) -> Sweep:
+    """Read and validate a sweep and the recipes of all its candidates; no model is looked at.
+
+    Arguments as for `load_recipe`; overrides change the recipe before the candidates do.
+
+    Raises
+        RecipeError: no space, an empty one, a malformed one; a path that leads nowhere; a setting
+            without effect on its candidate.
+        UnknownMethod, ParameterError: with the candidate's name.
+    """
+    space, documents = read_sweep(source)
+    documents = override(documents, overrides)
+    settings = space.candidates()
+    candidates = []
+    for name, one in zip(names_of(settings), settings, strict=True):
+        candidates.append(Candidate(name, one, _recipe(name, one, documents, storage_options)))
+    told = [text for one in candidates for text in one.recipe.warnings]
+    warnings = tuple(dict.fromkeys(told))
+    if strict and warnings:
+        raise RecipeError(
+            f"{documents[-1].origin} has keys without effect.",
+            *warnings,
+            fix="correct them, or leave --strict out",
+        )
+    return Sweep(tuple(candidates), warnings)
+
+
+def read_sweep(source: Given) -> tuple[Space, list[Document]]:
+    """The space, and the recipe's documents without its keys. Raises RecipeError."""
+    documents = read_documents(source)
+    holding = [d for d in documents if any(key in d.data for key in SPACE_KEYS)]
+    if len(holding) != 1:
+        raise (
+            _no_space(documents)
+            if not holding
+            else RecipeError(
+                f"{documents[0].origin} says in several documents what to sweep over.",
+                fix=f"keep {', '.join(SPACE_KEYS)} together in one document",
+            )
+        )
+    space = _space(holding[0])
+    plain = [_without_space(document) for document in documents]
+    named = plain[documents.index(holding[0])]
+    if "recipe" not in named.data:
+        return space, plain
+    return space, _referred(named, source)
+
+
+def setting_text(path: str, value: Any) -> str:
+    """A setting as `--set` takes it: one line of YAML."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True)
+    return f"{path}={text.strip().removesuffix('...').strip()}"
+
+
+def _recipe(
+    name: str,
+    settings: Settings,
+    documents: Sequence[Document],
+    storage_options: StorageOptions | None,
+) -> Recipe:
+    # Whole sections first: a list of models before the weight of one of them.
+    paths = sorted(settings, key=lambda path: path.count("."))
+    try:
+        given = [setting_text(path, settings[path]) for path in paths]
+        return load_recipe(documents, overrides=given, storage_options=storage_options)
+    except DistmergeError as error:
+        raise of_candidate(error, name) from None
+
+
+def of_candidate(error: DistmergeError, name: str) -> DistmergeError:
+    """The error, with whose it is."""
+    return type(error)(error.headline, *error.facts, f"in the candidate {name}", fix=error.fix)
+
+
+def _space(document: Document) -> Space:
+    given = {key: value for key, value in document.data.items() if key in SPACE_KEYS}
+    try:
+        return Space.model_validate({k: v for k, v in given.items() if v is not None})
+    except ValidationError as error:
+        raise explained(error, document, examples=EXAMPLES, hidden=HIDDEN) from None
+
+
+def _without_space(document: Document) -> Document:
+    data = {key: value for key, value in document.data.items() if key not in SPACE_KEYS}
+    return replace(document, data=data, text=None)
+
+
+def _referred(document: Document, source: Given) -> list[Document]:
+    """The documents of the file that `recipe:` names, beside the sweep's own file."""
+    reference = document.data["recipe"]
+    others = [key for key in document.data if key != "recipe"]
+    if others:
+        raise RecipeError(
+            f"{document.where((others[0],))}: {others[0]!r} stands beside 'recipe:'.",
+            fix="move it into that recipe, or write the whole recipe here",
+        )
+    if isinstance(reference, Mapping):
+        return [replace(d, text=None) for d in read_documents(reference)]
+    if not isinstance(reference, str):
+        raise RecipeError(
+            f"{document.where(('recipe',))}: 'recipe' names a file, or is a recipe itself.",
+            fix="recipe: merge.yml",
+        )
+    place = Path(reference).expanduser()
+    is_file = isinstance(source, str | os.PathLike) and Path(source).expanduser().is_file()
+    if is_file and not place.is_absolute():
+        place = Path(os.fspath(source)).expanduser().parent / place  # type: ignore[arg-type]
+    return [replace(d, text=None) for d in read_documents(place)]
+
+
+def _no_space(documents: Sequence[Document]) -> RecipeError:
+    keys = [key for document in documents for key in document.data]
+    near = [(k, m[0]) for k in keys if (m := difflib.get_close_matches(k, SPACE_KEYS, 1, 0.7))]
+    facts = [f"{redact(key)!r} is no key of a sweep; {meant!r} is" for key, meant in near]
+    return RecipeError(
+        f"{documents[0].origin} doesn't say what to sweep over.",
+        *facts,
+        f"one of {', '.join(SPACE_KEYS[:-1])} does",
+        fix=EXAMPLES["grid"],
+    )

@@ -1,0 +1,160 @@
+"""What a sweep would do, from recipes and headers: its candidates' plans, its passes, its cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from distmerge.checkpoints.views import parts_of
+from distmerge.errors import DistmergeError, MemoryBudgetError, RecipeError
+from distmerge.expressions.problems import SHOWN
+from distmerge.expressions.recipe_build import Settled, pin_models, request_of, settle
+from distmerge.plan.plan import Plan
+from distmerge.plan.sizes import format_size
+from distmerge.run.merge import as_request, plan_request
+from distmerge.run.options import MergeOptions
+from distmerge.sweep.definition import Candidate, Sweep, of_candidate
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """Everything that is decided before the first tensor is read."""
+
+    candidates: tuple[Candidate, ...]
+    plans: tuple[Plan, ...]
+    """One for each candidate."""
+    passes: tuple[tuple[int, ...], ...]
+    """Candidates that are merged together, each byte of their inputs being read once."""
+
+    @cached_property
+    def bytes_in(self) -> int:
+        """Bytes that all passes read."""
+        return sum(bytes_once(self.plans[i] for i in members) for members in self.passes)
+
+    @property
+    def bytes_in_apart(self) -> int:
+        """Bytes that as many single merges would read."""
+        return sum(plan.bytes_in for plan in self.plans)
+
+    @property
+    def bytes_out(self) -> int:
+        return sum(plan.nbytes for plan in self.plans)
+
+    @property
+    def projected(self) -> int:
+        """Bytes of a worker in the pass that needs most."""
+        return max(plan.memory.projected for plan in self.plans)
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs."""
+        names = [candidate.name for candidate in self.candidates]
+        return {
+            "candidates": [
+                {
+                    "name": candidate.name,
+                    "settings": candidate.settings,
+                    "expression": plan.expression,
+                    "digest": plan.digest,
+                    "bytes_in": plan.bytes_in,
+                    "bytes_out": plan.nbytes,
+                    "warnings": list(plan.request.warnings),
+                }
+                for candidate, plan in zip(self.candidates, self.plans, strict=True)
+            ],
+            "passes": [[names[i] for i in members] for members in self.passes],
+            "bytes_in": self.bytes_in,
+            "bytes_in_apart": self.bytes_in_apart,
+            "bytes_out": self.bytes_out,
+            "projected_mem": self.projected,
+            "allowed_mem": self.plans[0].memory.allowed,
+        }
+
+    def tables(self) -> list[Table]:
+        """For people: the candidates, and what they cost together."""
+        from distmerge.plan.describe import listed
+
+        rows = [
+            (candidate.name, plan.expression, format_size(plan.nbytes))
+            for candidate, plan in zip(self.candidates, self.plans, strict=True)
+        ]
+        read, apart = format_size(self.bytes_in), format_size(self.bytes_in_apart)
+        memory = format_size(self.projected), format_size(self.plans[0].memory.allowed)
+        cost = [
+            ("candidates", str(len(self.candidates))),
+            ("passes over the inputs", str(len(self.passes))),
+            ("read", f"{read} (merged one by one: {apart})"),
+            ("written", format_size(self.bytes_out)),
+            ("memory a worker", " of ".join(memory)),
+        ]
+        return [
+            listed("Candidates", ("candidate", "merge", "written"), rows),
+            listed("Sweep", ("what", "it is"), cost),
+        ]
+
+
+def plan_sweep(sweep: Sweep, settings: MergeOptions, *, sending: int = 0) -> SweepPlan:
+    """Open the models, each once, and plan all candidates. Nothing is read but headers.
+
+    sending: what an output's store holds in memory of a shard that is written.
+
+    Raises
+        DistmergeError: a model can't be used; a candidate can't be merged, or needs more memory.
+    """
+    given = settings.storage_options
+    options = sweep.candidates[0].recipe.storage_options if given is None else given
+    settled = [_named(candidate) for candidate in sweep.candidates]
+    pinned = pin_models((ref for one in settled for ref in one.named()), options)
+    # The recipes hold the overrides already.
+    plain = replace(settings, overrides=(), strict=False)
+    plans: list[Plan] = []
+    failed: list[tuple[str, DistmergeError]] = []
+    for candidate, one in zip(sweep.candidates, settled, strict=True):
+        try:
+            request = as_request(request_of(one, pinned, options), plain)
+            plans.append(plan_request(request, plain, sending=sending))
+        except DistmergeError as error:
+            failed.append((candidate.name, error))
+    if failed:
+        raise _unplanned(failed, len(settled))
+    return SweepPlan(sweep.candidates, tuple(plans), tuple((i,) for i in range(len(plans))))
+
+
+def _named(candidate: Candidate) -> Settled:
+    """The candidate's recipe with the roles of its models."""
+    try:
+        return settle(candidate.recipe)
+    except DistmergeError as error:
+        raise of_candidate(error, candidate.name) from None
+
+
+def bytes_once(plans: Iterable[Plan]) -> int:
+    """Bytes of the inputs of several plans, those that several read counted once."""
+    ranges = {
+        (unit.sources[leaf, part.source].root, part.info.file, part.info.start, part.info.stop)
+        for plan in plans
+        for unit in plan.units
+        for task in unit.tasks
+        for leaf, given in task.inputs.items()
+        for part in parts_of(given)
+    }
+    return sum(stop - start for _, _, start, stop in ranges)
+
+
+def _unplanned(failed: list[tuple[str, DistmergeError]], total: int) -> DistmergeError:
+    first, error = failed[0]
+    if len(failed) == 1 or isinstance(error, MemoryBudgetError):
+        return of_candidate(error, first)
+    facts = [f"{name}: {error.headline}" for name, error in failed[:SHOWN]]
+    more = [f"and {len(failed) - SHOWN} more"] if len(failed) > SHOWN else []
+    return RecipeError(
+        f"{len(failed)} of {total} candidates can't be merged.",
+        *facts,
+        *more,
+        *error.facts,
+        fix=error.fix or "take them out with a rule under 'exclude:'",
+    )

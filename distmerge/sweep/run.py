@@ -1,0 +1,64 @@
+"""Running a sweep: each candidate goes to OUT/NAME, and one that fails doesn't stop the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from distmerge.errors import DistmergeError, SweepFailed
+from distmerge.expressions.problems import SHOWN
+from distmerge.run.events import Event, Listener, silent
+from distmerge.run.merge import merge
+from distmerge.run.options import MergeOptions
+from distmerge.sweep.definition import Candidate, Sweep
+from distmerge.sweep.plan import plan_sweep
+
+
+def run_sweep(
+    sweep: Sweep, out: str, settings: MergeOptions, *, listener: Listener = silent
+) -> dict[str, str]:
+    """Merge every candidate and publish it below `out`; repeated, it does what is missing.
+
+    Returns the place of each candidate, by name.
+
+    Raises
+        SweepFailed: some could not be merged; the others are written.
+        DistmergeError: as `plan_sweep`, before anything is written.
+    """
+    decided = plan_sweep(sweep, settings)
+    places = {candidate.name: place_of(out, candidate) for candidate in decided.candidates}
+    failed: dict[str, DistmergeError] = {}
+    options = vars(replace(settings, overrides=(), strict=False))
+    for number, members in enumerate(decided.passes, 1):
+        for i in members:
+            name, request = decided.candidates[i].name, decided.plans[i].request
+            told = f"{name}, {number} of {len(decided.passes)}"
+            listener(Event("notice", {"text": told}))
+            try:
+                merge(request, places[name], listener=listener, **options)
+            except DistmergeError as error:
+                failed[name] = error
+                listener(Event("notice", {"text": f"{name} failed: {error.headline}"}))
+    if failed:
+        raise sweep_failed(failed, decided.candidates)
+    return places
+
+
+def place_of(out: str, candidate: Candidate) -> str:
+    """Where a candidate is written."""
+    return f"{out.rstrip('/')}/{candidate.name}"
+
+
+def sweep_failed(
+    failed: Mapping[str, DistmergeError], candidates: Sequence[Candidate]
+) -> SweepFailed:
+    """What is raised once all others are written."""
+    facts = [f"{name}: {error.headline}" for name, error in list(failed.items())[:SHOWN]]
+    facts += [f"and {len(failed) - SHOWN} more"] if len(failed) > SHOWN else []
+    error = next(iter(failed.values()))
+    return SweepFailed(
+        f"{len(failed)} of {len(candidates)} candidates failed; the others are written.",
+        *facts,
+        *error.facts,
+        fix=error.fix or "the same command tries them again",
+    )
