@@ -41,5 +41,7 @@ def assert_close(found, expected, *terms):
 def share_off_by_more_than_a_unit(found, expected):
     """Of a result's elements, those further from a float64 reference than their last place."""
     rounded = torch.from_numpy(expected).to(found.dtype)
-    unit = torch.finfo(found.dtype).eps * 2.0 ** torch.floor(torch.log2(rounded.double().abs()))
+    kind = torch.finfo(found.dtype)
+    magnitude = rounded.double().abs().clamp(min=kind.smallest_normal)
+    unit = kind.eps * 2.0 ** torch.floor(torch.log2(magnitude))
     return float(((found.double() - rounded.double()).abs() > unit).double().mean())
