@@ -30,7 +30,7 @@ from distmerge.errors import DistmergeError, RecipeError
 from distmerge.expressions.dtypes import parse_dtype
 from distmerge.expressions.model_ref import ModelRef
 from distmerge.expressions.nodes import OnMissing, OnShapeMismatch, OnUnequal
-from distmerge.expressions.recipe_documents import arranged, unused
+from distmerge.expressions.recipe_documents import arranged, references, unused
 from distmerge.expressions.recipe_formula import Formula, named_models, read_formula
 from distmerge.expressions.recipe_keys import (
     Ignored,
@@ -159,7 +159,7 @@ class Recipe(BaseModel):
     @property
     def nested(self) -> Mapping[str, Recipe]:
         """The documents of the same recipe that this one names as models, by name."""
-        paths = self._paths()
+        paths = {ref.path for _, ref in references(self)}
         return {name: recipe for name, recipe in self._named.items() if name in paths}
 
     def may_name(self, documents: Mapping[str, Recipe]) -> None:
@@ -183,13 +183,6 @@ class Recipe(BaseModel):
             path = (*place, "parameters")
             self._levels[place] = read_values(given, path, self.method, self._document)
         return self._levels[place]
-
-    def _paths(self) -> set[str]:
-        """Whatever is named as a model."""
-        sections = [section for part in self.parts() for section in part.sections]
-        named = [self.base_model, self.config_from, *(s.base_model for s in sections)]
-        named += [source.model for section in sections for source in section.sources]
-        return {ref.path for ref in (*named, *self.in_formula()) if ref is not None}
 
     def request(self, storage_options: StorageOptions | None = None) -> MergeRequest:
         """Open the models, reading headers only, and build the expression.

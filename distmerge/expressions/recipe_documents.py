@@ -6,12 +6,14 @@ they need it, never written. The one without a name is what comes out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from distmerge.errors import RecipeError
+from distmerge.expressions.yaml_lines import KeyPath
 
 if TYPE_CHECKING:
+    from distmerge.expressions.model_ref import ModelRef
     from distmerge.expressions.recipe import Recipe
 
 
@@ -20,7 +22,7 @@ def arranged(recipes: Sequence[Recipe]) -> tuple[Recipe, Mapping[str, Recipe]]:
 
     Raises
         RecipeError: two documents with one name or none, one that needs itself, several that
-            nothing else uses.
+            nothing else uses, one that an adapter or a revision is asked of.
     """
     if len(recipes) == 1:
         return recipes[0], {}
@@ -33,6 +35,7 @@ def arranged(recipes: Sequence[Recipe]) -> tuple[Recipe, Mapping[str, Recipe]]:
             )
     for recipe in recipes:
         recipe.may_name(named)
+        _check_references(recipe, named)
     final = _final(recipes)
     _check_order(final, [])
     return final, named
@@ -65,6 +68,37 @@ def _final(recipes: Sequence[Recipe]) -> Recipe:
         *(f"{where} is one" for where in wheres),
         fix="give a 'name:' to each document but the last",
     )
+
+
+def references(recipe: Recipe) -> Iterator[tuple[KeyPath, ModelRef]]:
+    """Whatever a recipe names as a model, and where."""
+    for key, ref in (("base_model", recipe.base_model), ("config_from", recipe.config_from)):
+        if ref is not None:
+            yield (key,), ref
+    for part in recipe.parts():
+        for section in part.sections:
+            if section.base_model is not None:
+                yield (*section.path[:-1], "base_model"), section.base_model
+            for place, source in zip(section.places, section.sources, strict=True):
+                yield place, source.model
+    for name, ref in zip(
+        recipe.formula.models() if recipe.formula else (), recipe.in_formula(), strict=True
+    ):
+        yield ("models", name), ref
+
+
+def _check_references(recipe: Recipe, named: Mapping[str, Recipe]) -> None:
+    """A document has no files, so nothing that is said of files holds for it."""
+    for place, ref in references(recipe):
+        if ref.path in named and (ref.lora or ref.revision):
+            lora = f"{{model: ..., lora: {ref.lora}}}"
+            raise RecipeError(
+                f"{recipe.document.where(place)}: {ref.path!r} is another document of this recipe, "
+                f"which takes no {'adapter' if ref.lora else 'revision'}.",
+                fix=f"name the adapter with the models of {ref.path!r}, {lora}"
+                if ref.lora
+                else f"write {ref.path!r} alone",
+            )
 
 
 def _check_order(recipe: Recipe, above: Sequence[str]) -> None:

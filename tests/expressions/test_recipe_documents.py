@@ -103,6 +103,27 @@ def test_documents_that_make_no_sense(documents, headline):
     assert raised.value.fix
 
 
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        ({"model": "x", "lora": "adapter"}, "takes no adapter"),
+        ({"path": "x", "revision": "v2"}, "takes no revision"),
+        ({"model": {"path": "x", "revision": "v2"}, "lora": "adapter"}, "takes no adapter"),
+    ],
+)
+@pytest.mark.parametrize("where", ["models", "base_model", "config_from", "slices", "merge"])
+def test_a_document_takes_no_adapter_and_no_revision(given, what, where):
+    source = {"model": given, "layer_range": [0, 1]}
+    final = {
+        "models": document(None) | {"models": [{"model": given}]},
+        "slices": document(None) | {"models": None, "slices": [{"sources": [source]}]},
+        "merge": {"models": {"m": given}, "merge": "2 * m"},
+    }.get(where, document(None, "a", **{where: given}))
+    with pytest.raises(RecipeError, match=f"'x' is another document .* {what}") as raised:
+        load_recipe([document("x", "a", "b"), final])
+    assert raised.value.fix
+
+
 def test_modules_are_merged_apart(here):
     weighted = [{"model": "a", "parameters": {"weight": 3.0}}, {"model": "b"}]
     sliced = [

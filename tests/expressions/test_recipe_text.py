@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distmerge.errors import RecipeError
@@ -156,6 +156,7 @@ plain = (
 )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no fault of the data
 @given(st.lists(keys, min_size=1, max_size=4), st.recursive(plain, st.lists, max_leaves=4))
 def test_what_was_set_is_there(path, value):
     text = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n")
