@@ -17,6 +17,7 @@ PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 INDIRECT = {
     "botocore": "s3fs",
+    "click": "ray",
     "packaging": "transformers",
 }
 """Used in tests -> what brings it along, since the two have to fit."""
