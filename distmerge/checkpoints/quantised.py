@@ -15,6 +15,11 @@ _PACKED = re.compile(
     r"|qinvscale|\w*_blocks|trellis|suh)$"
 )
 """What tensors of packed weights are called."""
+_ENDS = (
+    *("qweight", "qzeros", "weight_packed", "weight_shape", "absmax", "quant_map", "SCB"),
+    *("codebooks", "codes", "qinvscale", "_blocks", "trellis", "suh"),
+)
+"""How such names end: that look spares most keys the search."""
 _ORIGINAL = "merge the model that it was quantised from"
 _MENDS = {
     "bitsandbytes": "load it with transformers, then model.dequantize() and save_pretrained(), "
@@ -59,9 +64,10 @@ def _evidence(checkpoint: Checkpoint) -> str | None:
     """A tensor that shows that weights are packed."""
     tensors = checkpoint.tensors
     for key, info in tensors.items():
-        if info.is_float and not _PACKED.search(key):
+        named = key.endswith(_ENDS) and _PACKED.search(key)
+        if info.is_float and not named:
             continue
-        if _PACKED.search(key) and _has_sibling(key, tensors):
+        if named and _has_sibling(key, tensors):
             return key
         weight = key.endswith((".weight", "_proj")) and len(info.shape) > 1 and not info.is_float
         if weight and info.dtype in ("I8", "U8", "I32", "U32", "I16", "U16"):

@@ -12,7 +12,7 @@ from distmerge.checkpoints.tensors import FLOAT_DTYPES
 from distmerge.errors import RecipeError
 from distmerge.expressions.alignment import Inputs
 from distmerge.expressions.layers import Path
-from distmerge.expressions.node_parameters import NodeParameters
+from distmerge.expressions.node_parameters import NodeParameters, varies
 from distmerge.expressions.nodes import (
     Apply,
     Binary,
@@ -33,6 +33,8 @@ from distmerge.expressions.scopes import Scope, Scopes, check_moves
 
 _Done = dict[tuple[int, int], int | None]
 """By the identities of a node and of the scope it is built in, its step."""
+_Kind = tuple[bool | int, ...]
+"""All that the steps of a key depend on, where no node treats keys by name."""
 
 
 class Compiler:
@@ -58,6 +60,9 @@ class Compiler:
         self._leaf_index = {place: i for i, place in enumerate(places)}
         self._ordinals = _ordinals(root)
         self._merging = True
+        self._by_name = any(map(_by_name, walk(root)))
+        self._heads = [n.passthrough for n in walk(root) if isinstance(n, Apply) and n.passthrough]
+        self._alike: dict[_Kind, tuple[Step, ...]] = {}
         check_moves(root, self.scopes)
 
     def program(self, key: str) -> Program | None:
@@ -67,7 +72,7 @@ class Compiler:
             return None
         specs = {i: self.inputs.spec(i, key) for i in have}
         merging = all(dtype in FLOAT_DTYPES for dtype, _ in specs.values())
-        steps = self._steps(key, merging=merging)
+        steps = self._steps(key, have, merging=merging)
         if not steps:
             return None
         read = {i: specs[i] for i in sorted(_read(steps))}
@@ -77,7 +82,7 @@ class Compiler:
             return self._unfitting(key, min(read))
         dtypes = {dtype for dtype, _ in read.values()}
         if dtypes <= FLOAT_DTYPES:
-            return Program(key, tuple(steps if merging else self._steps(key, merging=True)))
+            return Program(key, steps if merging else self._steps(key, have, merging=True))
         if len(dtypes) > 1:
             self.problems.dtypes[key] = [
                 f"{dtype} in {self.inputs.leaves[i]}" for i, (dtype, _) in read.items()
@@ -91,12 +96,23 @@ class Compiler:
         floats = self.inputs.spec(first, key)[0] in FLOAT_DTYPES
         return Program(key, (Read(first) if floats else Same((first,)),))
 
-    def _steps(self, key: str, *, merging: bool) -> list[Step]:
-        """The steps that the key needs; copying ones have no parameters."""
+    def _steps(self, key: str, have: Sequence[int], *, merging: bool) -> tuple[Step, ...]:
+        """The steps that the key needs; copying ones have no parameters. Keys of one kind share
+        them: a mixture of experts has a hundred thousand.
+
+        have: the leaves that have the key.
+        """
+        kind = (merging, *(passes(key, heads) for heads in self._heads), *have)
+        if kind in self._alike:
+            return self._alike[kind]
         self._merging = merging
-        steps: list[Step] = []
-        root = self._build(self.root, self.scopes.root(self.root, key), steps, {})
-        return [] if root is None else needed(steps, root)
+        built: list[Step] = []
+        noted = len(self.problems.missing)
+        root = self._build(self.root, self.scopes.root(self.root, key), built, {})
+        steps = () if root is None else tuple(needed(built, root))
+        if not self._by_name and noted == len(self.problems.missing):
+            self._alike[kind] = steps
+        return steps
 
     def _check_shapes(self, key: str, specs: Mapping[int, tuple[str, tuple[int, ...]]]) -> None:
         if len({shape for _, shape in specs.values()}) > 1:
@@ -227,6 +243,13 @@ def _ordinals(root: Expression) -> dict[int, int]:
             check_models(node)
             found[id(node)] = distinct.setdefault(node, len(distinct))
     return found
+
+
+def _by_name(node: Expression) -> bool:
+    """Can what a node makes of a key depend on the key's name, heads apart?"""
+    if isinstance(node, Apply):
+        return any(varies(value) for _, value in node.parameters)
+    return not isinstance(node, Leaf | TensorLeaf | Binary)
 
 
 def check_models(node: Apply) -> None:

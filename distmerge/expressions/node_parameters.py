@@ -36,7 +36,7 @@ class NodeParameters:
             value = _resolve_all(given[name], key, layers)
             if value is not NO_MATCH:
                 resolved[name] = value
-        if not any(_varies(value) for value in given.values()):
+        if not any(varies(value) for value in given.values()):
             self._constant[id(node)] = resolved
         return resolved
 
@@ -87,7 +87,8 @@ def _resolve_all(value: Any, key: str, layers: Layers) -> Any:
     return resolve(value, key, layers)
 
 
-def _varies(value: Any) -> bool:
+def varies(value: Any) -> bool:
+    """Can a parameter's value differ by key?"""
     if isinstance(value, tuple):
-        return any(map(_varies, value))
+        return any(map(varies, value))
     return not isinstance(value, int | float | str | bool | None)

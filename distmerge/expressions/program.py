@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distmerge.methods.blocks import Granularity
@@ -71,13 +71,13 @@ class Program:
 
     key: str
     steps: tuple[Step, ...]
+    leaves: tuple[int, ...] = field(init=False, compare=False, repr=False)
+    """Leaves that are read, in order."""
 
-    @property
-    def leaves(self) -> tuple[int, ...]:
-        """Leaves that are read, in order."""
+    def __post_init__(self) -> None:
         read = [s.leaf for s in self.steps if isinstance(s, Read)]
         same = [leaf for s in self.steps if isinstance(s, Same) for leaf in s.leaves]
-        return tuple(dict.fromkeys(read + same))
+        object.__setattr__(self, "leaves", tuple(dict.fromkeys(read + same)))
 
 
 def needed(steps: Sequence[Step], root: int) -> list[Step]:
@@ -86,6 +86,8 @@ def needed(steps: Sequence[Step], root: int) -> list[Step]:
     for place in range(root, -1, -1):
         if place in used:
             used.update(operands(steps[place]))
+    if len(used) == len(steps):
+        return list(steps)
     new = {place: i for i, place in enumerate(sorted(used))}
     return [_moved(steps[place], new) for place in sorted(used)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -146,7 +146,7 @@ def make_plan(
     digest = digest_of(request.root, seed=request.seed, headers=headers, kernel=kernel)
     if len(units) == 1:
         units = [replace(units[0], path=f"{STAGING}/{digest}/{units[0].shard}")]
-    need = largest_need(_need(task, inputs) for task in outputs)
+    need = _largest_need(outputs, inputs)
     if reserved is None:  # now that methods, kernels and the plan itself are in memory
         reserved = bare_process() + besides
     memory = plan_memory(
@@ -186,20 +186,20 @@ def _output(
 ) -> KeyTask:
     """donors: the donor's places among the leaves, where it is one."""
     key = program.key
-    donor = next((i for i in donors if i in program.leaves), None)
-    first = min(program.leaves) if donor is None else donor
+    leaves = program.leaves
+    donor = next((i for i in donors if i in leaves), None)
+    first = min(leaves) if donor is None else donor
     own, shape = inputs.spec(first, key)
     if not isinstance(program.steps[0], Same):
-        dtypes = {inputs.spec(leaf, key)[0] for leaf in program.leaves}
-        _check_floats(key, dtypes)
+        _check_floats(key, {inputs.spec(leaf, key)[0] for leaf in leaves})
         own = out_dtype or own
     return KeyTask(
         program=program,
         shape=shape,
         dtype=own,
         offset=0,
-        inputs={leaf: inputs.tensors[leaf][key] for leaf in program.leaves},
-        base=donor if len(program.leaves) > 1 else None,
+        inputs={leaf: inputs.tensors[leaf][key] for leaf in leaves},
+        base=donor if len(leaves) > 1 else None,
     )
 
 
@@ -217,6 +217,20 @@ def _check_floats(key: str, dtypes: set[str]) -> None:
             f"looked for {key}_scale_inv and {key}_scale, one for all, for each row or each block",
             fix="convert the model to bfloat16 first",
         )
+
+
+def _largest_need(tasks: Iterable[KeyTask], inputs: Inputs) -> Need:
+    return largest_need(_need(task, inputs) for task in {_look(t): t for t in tasks}.values())
+
+
+def _look(task: KeyTask) -> Hashable:
+    """All that a task's need depends on, where its inputs are plain; tasks alike are many."""
+    looks: list[Hashable] = []
+    for given in task.inputs.values():
+        if not isinstance(given, TensorInfo):
+            return id(task)
+        looks.append((given.dtype, given.stop - given.start, given.strides))
+    return (id(task.program.steps), task.shape, task.dtype, *looks)
 
 
 def _need(task: KeyTask, inputs: Inputs) -> Need:

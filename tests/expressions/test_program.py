@@ -282,6 +282,29 @@ def test_a_shared_expression_is_computed_once():
     assert found.leaves == (0, 1)
 
 
+@pytest.mark.parametrize("policy", ["common", "base", "average"])
+def test_keys_of_one_kind_share_steps_and_no_others(policy):
+    integers = {"count": torch.ones(2, dtype=torch.int64)}
+    heads = state(head__a=1, head__b=2, shared2=3)
+    models = [m | heads | integers for m in (FIRST, SECOND)]
+    filtered = {"weight": [1.0, Filtered((("2", 3.0), ("", 1.0)))]}
+    for given in (TASK, filtered):
+        root = apply(
+            "task_arithmetic",
+            models,
+            BASE | heads | integers,
+            parameters=given,
+            on_missing=policy,
+            passthrough=frozenset({"head"}),
+        )
+        together = programs(root)
+        inputs = align(root)
+        for key in inputs.keys:  # a compiler of its own knows no other key
+            assert Compiler(root, inputs).program(key) == together.get(key)
+        shares = together["shared"].steps is together["shared2"].steps
+        assert shares == (given is TASK)
+
+
 def test_copied_keys_are_one_step():
     models = [{"n": torch.arange(3)} for _ in range(3)]
     assert programs(apply("median", models))["n"].steps == (Same((0, 1, 2)),)
