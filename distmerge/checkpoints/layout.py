@@ -6,6 +6,7 @@ Pure: decides on names and on an index's text, reads nothing.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -25,6 +26,13 @@ PREFERENCE = (
 
 LARGEST_INDEX = 200_000_000
 """Bytes."""
+
+TRAINING_FILE = re.compile(
+    r"trainer_state\.json|training_args\..+|events\.out\.tfevents\..+"
+    r"|(?:optimizer|scheduler|scaler|rng_state)[\w-]*\.(?:bin|ckpt|npz|pkl|pt|pth|safetensors)",
+    re.IGNORECASE,
+)
+"""The name of a file that a training run goes on from: no weights of a model."""
 
 _SHOWN = 5
 
@@ -50,9 +58,13 @@ def choose_layout(files: Mapping[str, FileInfo], place: str) -> Layout:
             return Layout(index=name, notices=beside)
         if name in files:
             return Layout((name,), notices=beside)
-    loose = [p for p in files if "/" not in p and p.endswith(".safetensors") and p not in adapters]
+    loose = [path for path in files if _is_loose(path) and path not in adapters]
+    safe = [path for path in loose if path.endswith(".safetensors")]
     if loose:
-        return Layout(tuple(loose), notices=beside)
+        if safe:  # the other files are, as a rule, the same model once more
+            others = [path for path in loose if path not in safe]
+            beside += tuple(f"{path} is beside {safe[0]} and not read." for path in others)
+        return Layout(tuple(safe or loose), notices=beside)
     if adapters or "adapter_config.json" in files:
         raise CheckpointError(
             f"{place} is an adapter ({(adapters or ['adapter_config.json'])[0]}), not a model.",
@@ -104,6 +116,10 @@ def gguf(place: str) -> CheckpointError:
         fix="merge the model that it was made from, or from_pretrained(folder, gguf_file=...), "
         "save_pretrained() first",
     )
+
+
+def _is_loose(path: str) -> bool:
+    return "/" not in path and path.endswith(WEIGHT_SUFFIXES) and not TRAINING_FILE.fullmatch(path)
 
 
 def _is_adapter(path: str) -> bool:

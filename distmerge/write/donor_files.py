@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 
 import xxhash
 
+from distmerge.checkpoints.layout import TRAINING_FILE
 from distmerge.checkpoints.location import is_safe_path
 from distmerge.checkpoints.store import OutputStore, Store
 from distmerge.checkpoints.tensors import Checkpoint, FileInfo
@@ -44,11 +45,6 @@ _WEIGHTS = re.compile(
 _INDEX = re.compile(r"\.index(?:\.[\w-]+)?\.json$", re.IGNORECASE)
 _PACKAGE = re.compile(r"\.(?:mlpackage|mlmodelc)$", re.IGNORECASE)
 _TRAINING_FOLDER = re.compile(r"(?:checkpoint-|global_step)\d+$", re.IGNORECASE)
-_TRAINING_FILE = re.compile(
-    r"trainer_state\.json|training_args\..+|events\.out\.tfevents\..+"
-    r"|(?:optimizer|scheduler|scaler|rng_state)[\w-]*\.(?:bin|ckpt|npz|pkl|pt|pth|safetensors)",
-    re.IGNORECASE,
-)
 _README = re.compile(r"readme(?:\.(?:md|markdown|rst|txt))?", re.IGNORECASE)
 _PRIVATE_FOLDERS = {".cache", ".huggingface", ".ipynb_checkpoints", "__pycache__"}
 _REPLACED = {"config.json", "distmerge.json"}
@@ -153,7 +149,7 @@ def _reason_at_root(name: str) -> str | None:
 
 def _is_training_state(folders: list[str], name: str) -> bool:
     in_training = any(_TRAINING_FOLDER.fullmatch(folder) for folder in folders)
-    return in_training or bool(_TRAINING_FILE.fullmatch(name))
+    return in_training or bool(TRAINING_FILE.fullmatch(name))
 
 
 def _is_openvino_graph(path: str, files: Mapping[str, FileInfo]) -> bool:

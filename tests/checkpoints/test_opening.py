@@ -265,7 +265,7 @@ def test_an_index_may_list_an_alias(tmp_path):
         {},
         {"readme.md": b"hi"},
         {"sub/model.safetensors": b""},
-        {"consolidated.00.pth": b""},
+        {"optimizer.pt": b"", "rng_state_0.pth": b"", "training_args.bin": b""},
     ],
     ids=lambda files: ",".join(files) or "empty",
 )
@@ -294,6 +294,26 @@ def test_loose_files_that_share_a_key_are_ambiguous(tmp_path):
     with pytest.raises(MalformedCheckpoint, match="more than one file"):
         open_checkpoint(tmp_path)
     assert_same(read_tensors(open_checkpoint(tmp_path / "b.safetensors")), tensors())
+
+
+def test_a_folder_of_torch_files_of_any_name(tmp_path):
+    first, second = tensors(1, "xy"), tensors(2, "zw")
+    torch.save(first, tmp_path / "part-1.pt")
+    torch.save({"state_dict": second, "epoch": 3}, tmp_path / "part-2.ckpt")
+    torch.save({"state": {0: torch.ones(3)}}, tmp_path / "optimizer.pt")
+    checkpoint = open_checkpoint(tmp_path)
+    assert_same(read_tensors(checkpoint), first | second)
+    torch.save(first, tmp_path / "again.bin")
+    with pytest.raises(MalformedCheckpoint, match="more than one file"):
+        open_checkpoint(tmp_path)
+
+
+def test_of_loose_files_in_two_formats_safetensors_are_read_and_the_others_noticed(tmp_path):
+    save_file(tensors(), tmp_path / "mine.safetensors")
+    torch.save(tensors(1), tmp_path / "mine.pt")
+    checkpoint = open_checkpoint(tmp_path)
+    assert_same(read_tensors(checkpoint), tensors())
+    assert checkpoint.notices == ("mine.pt is beside mine.safetensors and not read.",)
 
 
 # Hostile and broken indexes ---------------------------------------------------------------------
