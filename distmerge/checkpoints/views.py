@@ -235,6 +235,13 @@ def parts_of(found: object) -> tuple[Part, ...]:
     return (Part(found),) if isinstance(found, TensorInfo) else ()
 
 
+def stored_bytes(found: object) -> int:
+    """Bytes of files behind an input of any kind."""
+    if isinstance(found, TensorInfo):
+        return found.nbytes
+    return sum(part.info.nbytes for part in parts_of(found))
+
+
 def fixed_bytes(found: object) -> int:
     """Bytes of it that are read however few of its elements are wanted."""
     return found.fixed if isinstance(found, View) else 0

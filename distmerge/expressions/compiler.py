@@ -54,13 +54,13 @@ class Compiler:
         self.inputs = inputs
         self.problems = Problems()
         self.parameters = NodeParameters()
-        self.scopes = Scopes(inputs)
+        self._by_name = any(map(_by_name, walk(root)))
+        self.scopes = Scopes(inputs, layered=self._by_name)
         paths: Sequence[Path] = inputs.paths or [()] * len(inputs.leaves)
         places = zip(inputs.leaves, paths, strict=True)
         self._leaf_index = {place: i for i, place in enumerate(places)}
         self._ordinals = _ordinals(root)
         self._merging = True
-        self._by_name = any(map(_by_name, walk(root)))
         self._heads = [n.passthrough for n in walk(root) if isinstance(n, Apply) and n.passthrough]
         self._alike: dict[_Kind, tuple[Step, ...]] = {}
         check_moves(root, self.scopes)

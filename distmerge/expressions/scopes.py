@@ -38,7 +38,10 @@ class Scope:
 class Scopes:
     """The scopes of one output key after another."""
 
-    def __init__(self, inputs: Inputs) -> None:
+    def __init__(self, inputs: Inputs, *, layered: bool = True) -> None:
+        """layered: does anything run over layers? If not, scopes say nothing of them, and a
+        hundred thousand keys needn't be searched for their numbers."""
+        self._layered = layered
         self._aligned = inputs.aligned
         self._counts: dict[int, Mapping[str, int]] = {}
         self._layers: dict[tuple[int, int | None], Layers] = {}
@@ -73,7 +76,10 @@ class Scopes:
         return found
 
     def _layers_of(self, node: Expression) -> Layers:
-        return self._layers.setdefault((id(node), None), Layers(self.counts(node)))
+        if (id(node), None) not in self._layers:
+            counts = self.counts(node) if self._layered else {}
+            self._layers[id(node), None] = Layers(counts)
+        return self._layers[id(node), None]
 
     def counts(self, node: Expression) -> Mapping[str, int]:
         """How many layers each family of an expression has."""

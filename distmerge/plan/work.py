@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from distmerge.checkpoints.tensors import FileInfo, TensorInfo
-from distmerge.checkpoints.views import View, parts_of
+from distmerge.checkpoints.views import View, stored_bytes
 from distmerge.expressions.program import Program
 
 Origin = tuple[int, int]
@@ -57,12 +57,7 @@ class WorkUnit:
     @property
     def bytes_in(self) -> int:
         """Bytes of inputs, each counted once."""
-        return sum(
-            part.info.nbytes
-            for task in self.tasks
-            for given in task.inputs.values()
-            for part in parts_of(given)
-        )
+        return sum(stored_bytes(given) for task in self.tasks for given in task.inputs.values())
 
     @property
     def size(self) -> int:
