@@ -16,7 +16,7 @@ Kind = Literal["plan", "notice", "worker", "progress", "unit", "retry", "done"]
 """plan: units, bytes_in, bytes_out, tensors, resumed (units that an earlier run finished)
 notice: text
 worker: node, pid of a worker on a cluster that is ready
-progress: bytes_read, bytes_written since the last event of this kind
+progress: bytes_read, bytes_written since the last event of this kind; on a cluster node
 unit: shard, done (units so far), total
 retry: shard, attempt, node (where the worker was lost), reason
 done: url, seconds, bytes_read, bytes_written, tensors, lost_delta_share, notices"""

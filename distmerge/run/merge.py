@@ -257,6 +257,5 @@ def open_engine(
         all_processors=settings.workers is None,
         address=settings.address,
         kernel=decided.kernel,
-        on_bytes=on_bytes,
         listener=listener,
     )

@@ -40,6 +40,9 @@ class Tally:
     """To be written by this run."""
     read: int = 0
     written: int = 0
+    nodes: dict[str, int] = field(default_factory=dict)
+    """Bytes that each node of a cluster has moved."""
+    _started: float = 0.0
     _samples: deque[tuple[float, int, int]] = field(default_factory=deque)
 
     def note(self, event: Event) -> None:
@@ -48,12 +51,16 @@ class Tally:
         if event.kind == "plan":
             self.units, self.done = data.get("units", 0), data.get("resumed", 0)
             self.bytes_in, self.bytes_out = data.get("bytes_in", 0), data.get("bytes_out", 0)
-            self._samples.append((self.clock(), 0, 0))
+            self._started = self.clock()
+            self._samples.append((self._started, 0, 0))
         elif event.kind == "unit":
             self.done, self.units = data["done"], data["total"]
         elif event.kind == "progress":
             self.read += data.get("bytes_read", 0)
             self.written += data.get("bytes_written", 0)
+            if "node" in data:
+                moved = data.get("bytes_read", 0) + data.get("bytes_written", 0)
+                self.nodes[data["node"]] = self.nodes.get(data["node"], 0) + moved
             now = self.clock()
             self._samples.append((now, self.read, self.written))
             while len(self._samples) > 2 and self._samples[1][0] < now - WINDOW:
@@ -84,6 +91,13 @@ class Tally:
             return None
         return moved * (1.0 / self.share - 1.0) / rate
 
+    @property
+    def node_rates(self) -> dict[str, float]:
+        """Bytes that each node reads and writes per second, over the whole run; fastest first."""
+        seconds = max(self.clock() - self._started, 1e-9)
+        fastest = sorted(self.nodes.items(), key=lambda node: -node[1])
+        return {node: moved / seconds for node, moved in fastest}
+
     def __str__(self) -> str:
         read, written = self.rates
         parts = [
@@ -91,6 +105,9 @@ class Tally:
             f"{format_size(self.read)} read ({format_size(int(read))}/s)",
             f"{format_size(self.written)} written ({format_size(int(written))}/s)",
         ]
+        if len(rates := list(self.node_rates.items())) > 1:
+            named = [f"{node} {format_size(int(rate))}/s" for node, rate in (rates[0], rates[-1])]
+            parts.append(f"{len(rates)} nodes, from {named[0]} to {named[1]}")
         if self.seconds_left is not None:
             parts.append(f"{format_seconds(self.seconds_left)} left")
         return ", ".join(parts)

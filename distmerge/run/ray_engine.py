@@ -21,7 +21,7 @@ from distmerge.plan.work import Source, WorkUnit
 from distmerge.run.events import Event, Listener, silent
 from distmerge.run.ray_actors import LOST, Actor, Roster, answer
 from distmerge.run.ray_cluster import described, fits_somewhere, join, processors
-from distmerge.run.worker import OnBytes, WorkerSettings
+from distmerge.run.worker import WorkerSettings
 from distmerge.write.shard import Receipt
 
 PATIENCE = 30.0
@@ -39,11 +39,9 @@ class RayEngine:
         kernel: str,
         address: str | None = None,
         all_processors: bool = False,
-        on_bytes: OnBytes | None = None,
         listener: Listener = silent,
     ) -> None:
         """all_processors: as many workers as a cluster that isn't started here has processors."""
-        self._on_bytes = on_bytes or (lambda read, written: None)
         self._listener = listener
         self._started = not ray.is_initialized()
         if self._started:
@@ -61,8 +59,9 @@ class RayEngine:
 
     def merge(self, units: Sequence[WorkUnit], known: Mapping[Place, Any]) -> Iterator[Receipt]:
         """Receipts as units finish, on whichever actor."""
-        for _, receipt in self._map("merge", units, known):
-            self._on_bytes(receipt.bytes_read, receipt.size)
+        for _, receipt, node in self._map("merge", units, known):
+            moved = {"bytes_read": receipt.bytes_read, "bytes_written": receipt.size}
+            self._listener(Event("progress", {**moved, "node": node}))
             yield receipt
 
     def ask(
@@ -71,14 +70,15 @@ class RayEngine:
         """Shares in the units' order: floats are folded in key order, whoever was first."""
         waiting: dict[int, list[KeyPartials]] = {}
         order = [unit.index for unit in units]
-        for unit, share in self._map("ask", units, known):
+        for unit, share, _ in self._map("ask", units, known):
             waiting[unit.index] = cloudpickle.loads(share)
             while order and order[0] in waiting:
                 yield waiting.pop(order.pop(0))
 
     def _map(
         self, job: str, units: Sequence[WorkUnit], known: Mapping[Place, Any]
-    ) -> Iterator[tuple[WorkUnit, Any]]:
+    ) -> Iterator[tuple[WorkUnit, Any, str]]:
+        """Units as they finish, what came of them, and the node."""
         # Our own pickle: a user's functions, which workers can't import, travel by value in it.
         answers = ray.put(cloudpickle.dumps(dict(known)))
         sources = list(_sources(units).values())
@@ -108,7 +108,7 @@ class RayEngine:
                 todo.insert(0, unit)  # what always kills its worker is to be known early
                 continue
             idle.append(actor)
-            yield unit, result
+            yield unit, result, actor.node
 
     def _wait(self, running: Mapping[Any, Any]) -> Any:
         """The first answer; says so when there is none for want of workers."""

@@ -58,6 +58,20 @@ def test_rates_and_time_left():
     assert str(tally) == ("1/4 shards, 2 GB read (500 MB/s), 500 MB written (125 MB/s), 8.8 s left")
 
 
+def test_on_a_cluster_the_fastest_and_the_slowest_node_are_named():
+    clock = Clock()
+    tally = Tally(clock)
+    tally.note(plan())
+    clock.now += 4
+    for node, read in (("10.0.0.1/aa", GB), ("10.0.0.2/bb", GB // 4), ("10.0.0.1/aa", GB)):
+        tally.note(Event("progress", {"bytes_read": read, "bytes_written": 0, "node": node}))
+    assert tally.node_rates == {"10.0.0.1/aa": GB / 2, "10.0.0.2/bb": GB / 16}
+    told = "2 nodes, from 10.0.0.1/aa 500 MB/s to 10.0.0.2/bb 62.5 MB/s"
+    assert told in str(tally)
+    tally.nodes.pop("10.0.0.2/bb")
+    assert "nodes" not in str(tally)
+
+
 def test_rates_are_recent_ones():
     clock = Clock()
     tally = Tally(clock)

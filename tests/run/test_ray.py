@@ -171,7 +171,7 @@ def test_answers_are_folded_in_the_units_order_whichever_worker_was_first(models
     units = plan(what, max_shard_size=SMALL).units
     engine = RayEngine.__new__(RayEngine)
     late = [units[place] for place in (2, 0, 3, 1)]
-    answers = [(unit, cloudpickle.dumps([unit.shard])) for unit in late]
+    answers = [(unit, cloudpickle.dumps([unit.shard]), "node") for unit in late]
     monkeypatch.setattr(engine, "_map", lambda *args: iter(answers), raising=False)
     assert list(engine.ask(units, {})) == [[unit.shard] for unit in units]
 
