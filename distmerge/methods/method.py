@@ -16,6 +16,7 @@ from torch import Tensor
 from distmerge.errors import ParameterError, RecipeError
 from distmerge.methods.blocks import Granularity
 from distmerge.methods.random import Draw
+from distmerge.methods.user_code import travels_as_code
 
 T = TypeVar("T")
 Sight = Callable[[Mapping[str, Any], tuple[int, ...]], Granularity]
@@ -111,6 +112,7 @@ class MergeMethod:
     def __reduce__(self) -> Any:
         if self.builtin:
             return _find, (self.name,)
+        travels_as_code(self.function)
         state = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return _restore, (state,)
 

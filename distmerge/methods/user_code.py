@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,6 +34,26 @@ def load_function(spelling: str) -> Any:
             fix="check the name",
         )
     return getattr(module, name)
+
+
+def travels_as_code(function: Any) -> None:
+    """See to it that a function is pickled by value, with the functions beside it, if workers
+    can't be expected to import its module: one that lies in a folder, and isn't installed."""
+    name = str(getattr(function, "__module__", None) or "").partition(".")[0]
+    # A notebook's cells and a script travel by value anyhow.
+    if name not in ("", "__main__", "distmerge") and name in sys.modules and not _installed(name):
+        cloudpickle.register_pickle_by_value(sys.modules[name])
+
+
+@functools.lru_cache(maxsize=256)
+def _installed(name: str) -> bool:
+    """Does a top-level module belong to Python, or to a package that pip knows of?"""
+    file = getattr(sys.modules[name], "__file__", None)
+    if name in sys.stdlib_module_names or not file:
+        return True
+    homes = (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))
+    inside = any(Path(file).is_relative_to(home) for home in homes)
+    return inside or name in importlib.metadata.packages_distributions()  # editable installs
 
 
 def _module_from_file(place: str) -> ModuleType:

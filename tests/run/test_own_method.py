@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from run.family import MODELS, SHARD, Family, same_tensors, tensors_at
+from run.family import MODELS, SHARD, Family, same_tensors, tensors_at, weight_bytes
 from torch import Tensor, nn
 
 import distmerge
@@ -82,3 +83,42 @@ def test_it_merges_from_a_recipe_on_the_command_line_and_on_ray(
     assert same_tensors(tensors_at(tmp_path / "out"), expected) == []
     manifest = json.loads((tmp_path / "out/distmerge.json").read_text())
     assert list(manifest["methods"]) == ["median3"]
+
+
+TRAVELLING = """
+import os
+from pathlib import Path
+
+import torch
+import distmerge
+
+with Path({log!r}).open("a") as log:
+    log.write(f"{{os.getpid()}}\\n")
+SHARE = 0.25
+
+def sorted_by_value(models):
+    return torch.stack(models).sort(0).values
+
+@distmerge.layer_merge
+def quarter(models, **kw):
+    low, middle, _ = sorted_by_value(models)
+    return low + SHARE * (middle - low)
+"""
+"""A method that needs what lies beside it, in a file that tells which processes run it."""
+
+
+@pytest.mark.parametrize("spelling", ["{folder}/travelling.py:quarter", "travelling:quarter"])
+def test_it_reaches_workers_that_have_no_such_file(
+    cluster, family, tmp_path, monkeypatch, spelling
+):
+    log = tmp_path / "ran-by"
+    (tmp_path / "travelling.py").write_text(TRAVELLING.format(log=str(log)))
+    monkeypatch.syspath_prepend(tmp_path)  # of this process; the cluster's are there already
+    monkeypatch.delitem(sys.modules, "travelling", raising=False)
+    models = [{"model": family.path(name)} for name in MODELS[:3]]
+    made = {"merge_method": spelling.format(folder=tmp_path), "models": models}
+    for engine in ("local", "ray"):
+        out = str(tmp_path / engine)
+        distmerge.merge(made, out, engine=engine, workers=2, max_shard_size=SHARD)
+    assert weight_bytes(tmp_path / "ray") == weight_bytes(tmp_path / "local")
+    assert set(log.read_text().split()) == {str(os.getpid())}
