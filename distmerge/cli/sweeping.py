@@ -66,7 +66,7 @@ def sweep(
         allow_non_finite=allow_non_finite,
     )
     if dry_run:
-        show_plan(plan_sweep(wanted, settings), as_json=as_json)
+        show_plan(plan_sweep(wanted, settings, out=out), as_json=as_json)
         return
     with watching(json=as_json, quiet=quiet, told=wanted.warnings) as listener:
         run_sweep(wanted, out, settings, listener=listener)

@@ -101,7 +101,7 @@ class Plan:
 
     @cached_property
     def bytes_in(self) -> int:
-        return sum(unit.bytes_in for unit in self.units)
+        return sum(u.bytes_in for u in self.units)
 
 
 def make_plan(
@@ -146,12 +146,11 @@ def make_plan(
     digest = digest_of(request.root, seed=request.seed, headers=headers, kernel=kernel)
     if len(units) == 1:
         units = [replace(units[0], path=f"{STAGING}/{digest}/{units[0].shard}")]
-    need = _largest_need(outputs, inputs)
+    need = largest_need_of(outputs)
     if reserved is None:  # now that methods, kernels and the plan itself are in memory
         reserved = bare_process() + besides
-    memory = plan_memory(
-        need, allowed=allowed_mem, threads=threads, reserved=reserved, sending=sending
-    )
+    budget = {"allowed": allowed_mem, "threads": threads, "reserved": reserved}
+    memory = plan_memory(need, **budget, sending=sending)
     return Plan(
         request=request,
         inputs=inputs,
@@ -219,8 +218,9 @@ def _check_floats(key: str, dtypes: set[str]) -> None:
         )
 
 
-def _largest_need(tasks: Iterable[KeyTask], inputs: Inputs) -> Need:
-    return largest_need(_need(task, inputs) for task in {_look(t): t for t in tasks}.values())
+def largest_need_of(tasks: Iterable[KeyTask]) -> Need:
+    """The most that any of them asks for, field by field."""
+    return largest_need(_need(task) for task in {_look(t): t for t in tasks}.values())
 
 
 def _look(task: KeyTask) -> Hashable:
@@ -233,13 +233,13 @@ def _look(task: KeyTask) -> Hashable:
     return (id(task.program.steps), task.shape, task.dtype, *looks)
 
 
-def _need(task: KeyTask, inputs: Inputs) -> Need:
+def _need(task: KeyTask) -> Need:
     given = task.inputs.values()
     infos = [part.info for one in given for part in parts_of(one)]
     itemsize = 8 if any(spec_of(one)[0] == "F64" for one in given) else 4
+    raw = sum(info.stop - info.start for info in infos)
     if isinstance(task.program.steps[0], Scales):
         return Need(0, 0, 0, 0, 0)
-    raw = sum(info.stop - info.start for info in infos)
     need = need_of(task.program, task.shape, raw, itemsize)
     views = [one for one in given if isinstance(one, View)]
     if views:

@@ -42,7 +42,7 @@ def merge(what: Any, out: str, *, listener: Listener = silent, **options: Any) -
     """Merge and publish.
 
     Parameters
-        what: a recipe (path, YAML text, dict), an expression or a lazy state dict.
+        what: a recipe (path, YAML text, dict), an expression, a lazy state dict or a plan.
         out: local directory or fsspec URL of the output.
         listener: told what happens, see `distmerge.run.events`.
         options: the fields of `MergeOptions`.
@@ -55,16 +55,17 @@ def merge(what: Any, out: str, *, listener: Listener = silent, **options: Any) -
     """
     settings = MergeOptions(**options)
     started = time.monotonic()
-    request = as_request(what, settings)
+    given = what if isinstance(what, Plan) else None
+    request = given.request if given else as_request(what, settings)
     output = open_output(out, request.storage_options, pull_request=settings.pull_request)
     published = look(output)
-    decided = plan_request(request, settings, sending=output.buffers)
+    decided = given or plan_request(request, settings, sending=output.buffers)
     output.begin(decided.digest)
     if published.holds(decided.digest):
         published = look(output)  # now with what an earlier run may have left
     url, summary = out, None
     if not published.holds(decided.digest):
-        _check_place(decided, output, published, settings)
+        check_place(decided, output, published, settings)
     if settings.keep_intermediates is not None:
         for inner, place, own in intermediates(request, settings.keep_intermediates, options):
             merge(inner, place, listener=listener, **own)
@@ -91,11 +92,7 @@ def _write(
         published = look(output)  # again: now nobody else writes
         if published.holds(decided.digest):
             return None
-        check_free(output, published, overwrite=settings.replaces)
-        output.remove_temporaries()
-        check_room(output, decided.shard_sizes, settings.processes)
-        unpublish(output, published)
-        clear_stale(output, decided.digest, {unit.path for unit in decided.units})
+        make_way(decided, output, published, settings)
         try:
             receipts = _run(decided, settings, output, held, listener)
         except OutputError:
@@ -105,6 +102,17 @@ def _write(
         summary = finish(decided, output, receipts)
         clean_staging(output)
         return summary
+
+
+def make_way(
+    decided: Plan, output: OutputStore, published: Published, settings: MergeOptions
+) -> None:
+    """Take away whatever isn't this merge's; for who holds the lease. Raises OutputExists."""
+    check_free(output, published, overwrite=settings.replaces)
+    output.remove_temporaries()
+    check_room(output, decided.shard_sizes, settings.processes)
+    unpublish(output, published)
+    clear_stale(output, decided.digest, {unit.path for unit in decided.units})
 
 
 def plan(what: Any, out: str | None = None, **options: Any) -> Plan:
@@ -121,12 +129,12 @@ def plan(what: Any, out: str | None = None, **options: Any) -> Plan:
     if output is not None:
         published = look(output)
         if not published.holds(decided.digest):
-            _check_place(decided, output, published, settings)
+            check_place(decided, output, published, settings)
             check_room(output, decided.shard_sizes, settings.processes)
     return decided
 
 
-def _check_place(
+def check_place(
     decided: Plan, output: OutputStore, published: Published, settings: MergeOptions
 ) -> None:
     """Raises OutputExists if something there would be lost."""

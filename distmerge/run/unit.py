@@ -61,6 +61,7 @@ class UnitRun:
         self.bytes_read = 0
         self._folded: dict[Place, tuple[Question, Any]] = {}
         self._by_key: list[KeyPartials] = []
+        self._only_ask = writer is None
         self._blocks = (
             BlockWriter(unit.tasks, writer, context.pool, self.tally, WINDOW) if writer else None
         )
@@ -81,7 +82,7 @@ class UnitRun:
             self.unit.tasks,
             self.context.arena_size,
             self._evaluation,
-            only_ask=self._blocks is None,
+            only_ask=self._only_ask,
         )
         upcoming = self._prefetch(upcoming_windows)
         while upcoming is not None:

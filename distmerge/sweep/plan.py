@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -11,11 +11,14 @@ from distmerge.checkpoints.views import parts_of
 from distmerge.errors import DistmergeError, MemoryBudgetError, RecipeError
 from distmerge.expressions.problems import SHOWN
 from distmerge.expressions.recipe_build import Settled, pin_models, request_of, settle
+from distmerge.plan.bundle import passes
+from distmerge.plan.memory import MemoryPlan
 from distmerge.plan.plan import Plan
-from distmerge.plan.sizes import format_size
+from distmerge.plan.sizes import format_size, parse_size
 from distmerge.run.merge import as_request, plan_request
 from distmerge.run.options import MergeOptions
 from distmerge.sweep.definition import Candidate, Sweep, of_candidate
+from distmerge.write.output import open_output
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,6 +33,8 @@ class SweepPlan:
     """One for each candidate."""
     passes: tuple[tuple[int, ...], ...]
     """Candidates that are merged together, each byte of their inputs being read once."""
+    memories: tuple[MemoryPlan, ...]
+    """A worker's, in each pass."""
 
     @cached_property
     def bytes_in(self) -> int:
@@ -48,7 +53,7 @@ class SweepPlan:
     @property
     def projected(self) -> int:
         """Bytes of a worker in the pass that needs most."""
-        return max(plan.memory.projected for plan in self.plans)
+        return max(memory.projected for memory in self.memories)
 
     def to_json(self) -> dict[str, Any]:
         """For programs."""
@@ -97,10 +102,10 @@ class SweepPlan:
         ]
 
 
-def plan_sweep(sweep: Sweep, settings: MergeOptions, *, sending: int = 0) -> SweepPlan:
+def plan_sweep(sweep: Sweep, settings: MergeOptions, *, out: str | None = None) -> SweepPlan:
     """Open the models, each once, and plan all candidates. Nothing is read but headers.
 
-    sending: what an output's store holds in memory of a shard that is written.
+    out: where the candidates are to be written, if that is known: its store takes memory.
 
     Raises
         DistmergeError: a model can't be used; a candidate can't be merged, or needs more memory.
@@ -109,6 +114,7 @@ def plan_sweep(sweep: Sweep, settings: MergeOptions, *, sending: int = 0) -> Swe
     options = sweep.candidates[0].recipe.storage_options if given is None else given
     settled = [_named(candidate) for candidate in sweep.candidates]
     pinned = pin_models((ref for one in settled for ref in one.named()), options)
+    sending = 0 if out is None else open_output(out, options).buffers
     # The recipes hold the overrides already.
     plain = replace(settings, overrides=(), strict=False)
     plans: list[Plan] = []
@@ -121,7 +127,18 @@ def plan_sweep(sweep: Sweep, settings: MergeOptions, *, sending: int = 0) -> Swe
             failed.append((candidate.name, error))
     if failed:
         raise _unplanned(failed, len(settled))
-    return SweepPlan(sweep.candidates, tuple(plans), tuple((i,) for i in range(len(plans))))
+    together = _passes(plans, settings)
+    members = tuple(run for run, _ in together)
+    memories = tuple(memory for _, memory in together)
+    return SweepPlan(sweep.candidates, tuple(plans), members, memories)
+
+
+def _passes(
+    plans: Sequence[Plan], settings: MergeOptions
+) -> Sequence[tuple[tuple[int, ...], MemoryPlan]]:
+    if settings.engine != "local":
+        return [((i,), plan.memory) for i, plan in enumerate(plans)]
+    return passes(plans, allowed=parse_size(settings.allowed_mem), threads=settings.threads)
 
 
 def _named(candidate: Candidate) -> Settled:

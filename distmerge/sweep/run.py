@@ -12,6 +12,7 @@ from distmerge.run.merge import merge
 from distmerge.run.options import MergeOptions
 from distmerge.sweep.definition import Candidate, Sweep
 from distmerge.sweep.plan import plan_sweep
+from distmerge.sweep.together import fill
 
 
 def run_sweep(
@@ -25,17 +26,23 @@ def run_sweep(
         SweepFailed: some could not be merged; the others are written.
         DistmergeError: as `plan_sweep`, before anything is written.
     """
-    decided = plan_sweep(sweep, settings)
+    decided = plan_sweep(sweep, settings, out=out)
     places = {candidate.name: place_of(out, candidate) for candidate in decided.candidates}
     failed: dict[str, DistmergeError] = {}
-    options = vars(replace(settings, overrides=(), strict=False))
-    for number, members in enumerate(decided.passes, 1):
+    plain = replace(settings, overrides=(), strict=False)
+    options = vars(plain)
+    for number, members in enumerate(decided.passes):
+        if len(members) > 1:
+            text = f"pass {number + 1} of {len(decided.passes)}, {len(members)} candidates"
+            listener(Event("notice", {"text": text}))
+            plans = [decided.plans[i] for i in members]
+            to = [places[decided.candidates[i].name] for i in members]
+            fill(plans, to, decided.memories[number], plain, listener)
         for i in members:
-            name, request = decided.candidates[i].name, decided.plans[i].request
-            told = f"{name}, {number} of {len(decided.passes)}"
-            listener(Event("notice", {"text": told}))
+            name = decided.candidates[i].name
+            listener(Event("notice", {"text": f"candidate {name}"}))
             try:
-                merge(request, places[name], listener=listener, **options)
+                merge(decided.plans[i], places[name], listener=listener, **options)
             except DistmergeError as error:
                 failed[name] = error
                 listener(Event("notice", {"text": f"{name} failed: {error.headline}"}))
