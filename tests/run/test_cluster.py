@@ -1,0 +1,197 @@
+"""On a cluster of three raylets: what is lost runs elsewhere, and the bytes are the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run.family import Family, names_below, on_grid, same_tensors, save_model, tensors_at
+from run.merging import SMALL, differing, run
+from servers.ray_nodes import RayNodes
+
+pytestmark = pytest.mark.full
+
+UNITS = 60
+SLOW = '''
+import os
+import time
+import torch
+
+def slow(models, *, seconds: float, after: str = "/"):
+    """The median, after a while, when a file is there."""
+    while not os.path.exists(after):
+        time.sleep(0.05)
+    time.sleep(seconds)
+    return torch.median(torch.stack(models), 0).values
+'''
+Told = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[RayNodes]:
+    cluster = RayNodes(3)
+    yield cluster
+    cluster.stop()
+
+
+class Driver:
+    """A `distmerge merge` of its own process, and what it has told."""
+
+    def __init__(self, nodes: RayNodes, recipe: Path, out: Path, *options: str) -> None:
+        command = ["merge", str(recipe), str(out), "--engine", "ray", "--address", nodes.address]
+        self.events: list[Told] = []
+        self.strays: list[str] = []
+        self._changed = threading.Condition()
+        self._ended = False
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "distmerge.cli", *command, "--json", *options],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if not line.startswith("{"):
+                self.strays.append(line)  # of Ray's; a reader that dies would wait for ever
+                continue
+            with self._changed:
+                self.events.append(json.loads(line))
+                self._changed.notify_all()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def of(self, kind: str) -> list[Told]:
+        return [event for event in self.events if event["event"] == kind]
+
+    def has(self, kind: str, **data: Any) -> bool:
+        return any(data.items() <= event.items() for event in self.of(kind))
+
+    def until(self, seen: Callable[[], bool]) -> bool:
+        """Wait until something was told; False if the driver ended without."""
+        with self._changed:
+            self._changed.wait_for(lambda: seen() or self._ended, timeout=120)
+            return seen()
+
+    def end(self) -> str:
+        """Wait for the end, which is to be a good one; what it said to people."""
+        said = self.failed()
+        assert self.process.returncode == 0, said
+        return said
+
+    def failed(self) -> str:
+        assert self.process.stderr is not None
+        said = self.process.stderr.read()
+        self.process.wait()
+        self._reader.join()
+        return said
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.failed()
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> list[str]:
+    """Three models of sixty tensors; a shard for each tensor."""
+    folder = tmp_path_factory.mktemp("many")
+    random = torch.Generator().manual_seed(5)
+    models = [
+        {f"t{n:02}": on_grid(torch.randn(63, 11, generator=random)) for n in range(UNITS)}
+        for _ in range(3)
+    ]
+    return [save_model(model, folder / str(i)) for i, model in enumerate(models)]
+
+
+@pytest.fixture(scope="module")
+def slowly(many, tmp_path_factory) -> Path:
+    """A recipe whose units take a quarter of a second each."""
+    folder = tmp_path_factory.mktemp("slowly")
+    (folder / "my.py").write_text(SLOW)
+    recipe = {
+        "merge_method": f"{folder / 'my.py'}:slow",
+        "models": [{"model": model} for model in many],
+        "parameters": {"seconds": 0.25},
+    }
+    path = folder / "recipe.yml"
+    path.write_text(json.dumps(recipe))
+    return path
+
+
+def held(slowly: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """The recipe with units that don't end before a file is there; that file."""
+    recipe = json.loads(slowly.read_text())
+    recipe["parameters"]["after"] = str(tmp_path / "go")
+    (tmp_path / "held.yml").write_text(json.dumps(recipe))
+    return tmp_path / "held.yml", tmp_path / "go"
+
+
+def assert_merged(out: Path, models: list[str]) -> None:
+    """The medians are there, whole, and nothing else is left."""
+    inputs = [tensors_at(model) for model in models]
+    medians = {key: torch.stack([m[key] for m in inputs]).median(0).values for key in inputs[0]}
+    assert same_tensors(tensors_at(out), medians) == []
+    assert not [name for name in names_below(out) if ".tmp" in name or ".distmerge" in name]
+
+
+def small(workers: int = 3) -> list[str]:
+    return ["--workers", str(workers), "--max-shard-size", str(SMALL)]
+
+
+def test_three_nodes_write_the_bytes_of_one_process(nodes, family: Family, tmp_path):
+    recipe = tmp_path / "recipe.yml"
+    parameters = {"density": 0.3, "weight": 1.0}
+    recipe.write_text(
+        family.recipe(
+            "ties", base_model=family.path("base"), parameters=parameters, over="model", seed=4
+        )
+    )
+    shard = "400KB"
+    local = run(str(recipe), tmp_path, workers=1, max_shard_size=shard, out_dtype=None)
+    options = ["--workers", "3", "--max-shard-size", shard]
+    place = tmp_path / "ray"
+    driver = Driver(nodes, recipe, place / "merged", *options)
+    driver.end()
+    found = {
+        p.relative_to(place / "merged").as_posix(): p.read_bytes()
+        for p in (place / "merged").rglob("*")
+        if p.is_file()
+    }
+    manifest = json.loads(found["distmerge.json"])
+    del manifest["created"], manifest["checksum"]
+    found["distmerge.json"] = json.dumps(manifest).encode()
+    assert differing(found, local) == []
+
+
+def test_a_raylet_that_dies_in_mid_merge_costs_a_retry_elsewhere(nodes, slowly, many, tmp_path):
+    doomed = nodes.add()
+    recipe, go = held(slowly, tmp_path)
+    driver = Driver(nodes, recipe, tmp_path / "out", *small(4))
+    on_it = f"/{doomed.id[:6]}"
+    assert driver.until(lambda: len(driver.of("worker")) == 4)
+    assert len({event["node"] for event in driver.of("worker")}) == 4, "spread over the nodes"
+    seen = len(driver.of("worker"))
+    on_node = [e["pid"] for e in driver.of("worker") if e["node"].endswith(on_it)]
+    for pid in (doomed.pid, *on_node):  # as when the machine goes: all at once
+        os.kill(pid, signal.SIGKILL)
+    go.touch()
+    driver.end()
+    lost = driver.of("retry")
+    assert len(lost) == 1
+    assert lost[0]["node"].endswith(on_it)
+    assert lost[0]["shard"] in [event["shard"] for event in driver.of("unit")]
+    assert not [event for event in driver.of("worker")[seen:] if event["node"].endswith(on_it)]
+    assert_merged(tmp_path / "out", many)
