@@ -49,6 +49,9 @@ DOORS = {
     "what transformers holds in another layout": {
         ("expressions/layouts.py", "distmerge.huggingface.layouts"),
     },
+    "tokenizers of a recipe's vocabulary": {
+        ("expressions/vocabularies.py", "distmerge.huggingface.tokenizers"),
+    },
     "does the written model load": {("write/verify.py", "distmerge.huggingface")},
 }
 """The imports that go up, by what they are for: (file, module)."""
@@ -75,6 +78,7 @@ HOMES = {
         "huggingface/pipelines.py",
         "huggingface/state_dict.py",
         "huggingface/tasks.py",
+        "huggingface/tokenizers.py",
     },
     "rich": {"cli/tables.py", "demo/walkthrough.py", "plan/describe.py", "run/progress.py"},
     "typer": {"cli/"},

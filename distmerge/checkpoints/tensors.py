@@ -116,6 +116,8 @@ class Checkpoint:
     """Keys of `tensors` that only views read -> what they are there."""
     others: tuple[Checkpoint, ...] = ()
     """Further checkpoints that views read: adapters."""
+    borrowed: tuple[Checkpoint, ...] = field(default=(), repr=False)
+    """Other models of the same merge of which views read rows, their adapters after each."""
     settings: str = ""
     """What else the views' values depend on."""
 
@@ -126,6 +128,10 @@ class Checkpoint:
         for other in reversed(self.others):
             url = url.removesuffix(f"+{other.url}")
         return url
+
+    def source(self, number: int) -> Checkpoint:
+        """The checkpoint that a view's part is in: itself, one of the others, or borrowed."""
+        return (self, *self.others, *self.borrowed)[number]
 
     @property
     def presented(self) -> dict[str, TensorInfo | View]:

@@ -32,7 +32,7 @@ class Part:
 
     info: TensorInfo
     source: int = 0
-    """0 is the checkpoint that the view is in; others are counted from 1, as in its `others`."""
+    """0 is the checkpoint that the view is in; see `Checkpoint.source`."""
 
 
 @dataclass(frozen=True)

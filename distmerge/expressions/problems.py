@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from distmerge.checkpoints.spellings import EMBEDDING, OUTPUT
 from distmerge.errors import DtypeMismatch, KeyMismatch, ShapeMismatch
 
 SHOWN = 8
@@ -31,10 +32,14 @@ class Problems:
         if self.shapes:
             first = next(iter(self.shapes))
             facts = [f"{key}: " + ", ".join(where) for key, where in self.shapes.items()]
+            fix = f"on_shape_mismatch: base (or skip), or give tensors of one shape for {first}"
+            if all(EMBEDDING.search(key) or OUTPUT.search(key) for key in self.shapes):
+                fix = "tokenizer: {source: union} (or base), where their vocabularies differ; or "
+                fix += "on_shape_mismatch: base (or skip)"
             raise ShapeMismatch(
                 f"Models disagree on the shape of {_count(len(self.shapes), 'tensor')}.",
                 *_shown(facts),
-                fix=f"on_shape_mismatch: base (or skip), or give tensors of one shape for {first}",
+                fix=fix,
             )
         if self.dtypes:
             facts = [f"{key}: " + ", ".join(where) for key, where in self.dtypes.items()]

@@ -10,7 +10,6 @@ storage_options. A recipe of several documents is one merge, the others nested i
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -26,7 +25,7 @@ from pydantic import (
 
 from distmerge.checkpoints.storage_options import check_storage_options
 from distmerge.checkpoints.store import StorageOptions
-from distmerge.errors import DistmergeError, RecipeError
+from distmerge.errors import RecipeError
 from distmerge.expressions.dtypes import parse_dtype
 from distmerge.expressions.model_ref import ModelRef
 from distmerge.expressions.nodes import OnMissing, OnShapeMismatch, OnUnequal
@@ -39,7 +38,7 @@ from distmerge.expressions.recipe_keys import (
     check_keys,
     refuse_soon,
 )
-from distmerge.expressions.recipe_mistakes import EXAMPLES, explained
+from distmerge.expressions.recipe_mistakes import explained, named_method
 from distmerge.expressions.recipe_sources import (
     Modules,
     Parameters,
@@ -57,8 +56,8 @@ from distmerge.expressions.recipe_text import (
     override,
     read_documents,
 )
+from distmerge.expressions.recipe_tokenizer import TokenizerSection, one_section
 from distmerge.expressions.recipe_values import Values, read_values
-from distmerge.expressions.recipe_words import MERGEKIT_METHODS
 from distmerge.expressions.request import MergeRequest
 from distmerge.expressions.yaml_lines import KeyPath
 from distmerge.methods.method import MergeMethod
@@ -88,6 +87,8 @@ class Recipe(BaseModel):
     seed: int = Field(0, ge=0, lt=1 << 64)
     over: Literal["tensor", "model"] | None = None
     config_from: ModelRef | None = None
+    tokenizer: TokenizerSection | None = None
+    tokenizer_source: ModelRef | None = None
     on_missing: OnMissing = "error"
     on_unequal: OnUnequal = "error"
     on_shape_mismatch: OnShapeMismatch = "error"
@@ -166,6 +167,11 @@ class Recipe(BaseModel):
         """Let models of this document be other documents, by name."""
         self._named = documents
 
+    @property
+    def vocabulary(self) -> TokenizerSection | None:
+        """What it says of the output's vocabulary. Raises RecipeError if it says it twice."""
+        return one_section(self.tokenizer, self.tokenizer_source, self._document)
+
     def parts(self) -> list[Part]:
         """What is merged with what; nothing if a formula says it."""
         given = self.models, self.slices, self.modules, self.base_model
@@ -238,7 +244,7 @@ def _load(document: Document, storage_options: StorageOptions | None) -> Recipe:
     refuse_soon(document)
     if "merge" in document.data:
         return _load_formula(document, storage_options)
-    method = _method(document)
+    method = named_method(document)
     ignored = check_keys(document, method)
     data = {**with_inputs(document.data, method.inputs[1:]), "names": {}}
     recipe = _validated(document, data, storage_options)
@@ -260,24 +266,6 @@ def _load_formula(document: Document, storage_options: StorageOptions | None) ->
     return recipe
 
 
-def _method(document: Document) -> MergeMethod:
-    name = document.data.get("merge_method")
-    if name is None or not isinstance(name, str):
-        near = difflib.get_close_matches("merge_method", list(document.data), 1)
-        facts = [f"{document.where((near[0],))}: {near[0]!r} is no key of a recipe"] if near else []
-        raise RecipeError(
-            f"{document.origin} names no merge_method.", *facts, fix=EXAMPLES["merge_method"]
-        )
-    try:
-        return find_method(name)
-    except DistmergeError as error:
-        facts, fix = [*error.facts, document.where(("merge_method",))], error.fix
-        if name in MERGEKIT_METHODS:
-            facts.append("mergekit's method of that name is not supported yet")
-            fix = "choose one of the known ones; 'distmerge methods' describes them"
-        raise type(error)(error.headline, *facts, fix=fix) from None
-
-
 def _validated(
     document: Document, given: Mapping[str, Any], storage_options: StorageOptions | None
 ) -> Recipe:
@@ -290,4 +278,5 @@ def _validated(
         raise explained(error, document) from None
     check_storage_options(recipe.storage_options)
     recipe._document = document
+    one_section(recipe.tokenizer, recipe.tokenizer_source, document)
     return recipe

@@ -21,6 +21,7 @@ from distmerge.expressions.recipe import Recipe
 from distmerge.expressions.recipe_formula_build import build_formula, unknown_model
 from distmerge.expressions.recipe_roles import Roles, assign_roles
 from distmerge.expressions.recipe_slices import build_parts
+from distmerge.expressions.recipe_vocabulary import InOneVocabulary, in_one_vocabulary
 from distmerge.expressions.request import MergeRequest
 
 _MODELS_AT_ONCE = 8
@@ -50,12 +51,24 @@ class Settled:
 
     def named(self) -> Iterator[ModelRef]:
         """Every model that is opened, those of nested recipes too."""
-        found = [self.donor, *(ref for _, part in self.parts for r in part for ref in r.named())]
-        found += self.recipe.in_formula()
-        found += [self.recipe.config_from] if self.recipe.config_from else []
+        yield from self.merged()
+        found = [self.recipe.config_from] if self.recipe.config_from else []
+        found += map(self.meant, self.recipe.vocabulary.models()) if self.recipe.vocabulary else []
         yield from (ref for ref in found if ref.path not in self.nested)
         for inner in self.nested.values():
             yield from inner.named()
+
+    def merged(self) -> Iterator[ModelRef]:
+        """The models whose weights are read, the donor first."""
+        found = [self.donor, *(ref for _, part in self.parts for r in part for ref in r.named())]
+        found += self.recipe.in_formula()
+        for ref in found:
+            inner = self.nested.get(ref.path)
+            yield from [ref] if inner is None else inner.merged()
+
+    def meant(self, ref: ModelRef) -> ModelRef:
+        """The model of a name: a formula's name may be short for one."""
+        return self.recipe.names.get(ref.path) or ref
 
     def every_nested(self) -> Iterator[tuple[str, Settled]]:
         """The recipes that it needs, those that others need first."""
@@ -75,7 +88,8 @@ class Settled:
 
 def _only_for_files(name: str, nested: Recipe) -> list[str]:
     """Keys of a nested recipe that say how it is written."""
-    keys = [key for key in ("dtype", "out_dtype", "config_from") if nested.document.data.get(key)]
+    written = ("dtype", "out_dtype", "config_from", "tokenizer", "tokenizer_source")
+    keys = [key for key in written if nested.document.data.get(key)]
     if not keys:
         return []
     where = nested.document.where((keys[0],))
@@ -106,10 +120,12 @@ def _request(
     settled: Settled, opened: Mapping[Location, Leaf], storage_options: StorageOptions
 ) -> MergeRequest:
     recipe = settled.recipe
+    asked = _in_one_vocabulary(settled, opened, storage_options) if recipe.vocabulary else None
+    opened = asked.opened if asked else opened
     donor = _leaf(settled, settled.donor, opened)
     if recipe.formula is not None:
-        asked = _evaluated(settled, opened, donor).request()
-        root, donor = asked.root, asked.donor or donor
+        built = _evaluated(settled, opened, donor).request()
+        root, donor = built.root, built.donor or donor
     else:
         root = _expression(settled, opened, donor)
         used = leaves(root)
@@ -125,9 +141,25 @@ def _request(
         seed=recipe.seed,
         on_unequal=recipe.on_unequal,
         on_shape_mismatch=recipe.on_shape_mismatch,
+        tokenizer=asked.tokenizer if asked else None,
         recipe_text=recipe.text,
-        warnings=tuple(settled.warnings()),
+        warnings=(*settled.warnings(), *(asked.warnings if asked else ())),
         storage_options=storage_options,
+    )
+
+
+def _in_one_vocabulary(
+    settled: Settled, opened: Mapping[Location, Leaf], storage_options: StorageOptions
+) -> InOneVocabulary:
+    section, config_from = settled.recipe.vocabulary, settled.recipe.config_from
+    assert section is not None
+    return in_one_vocabulary(
+        section,
+        lambda ref: opened[settled.meant(ref).location],
+        opened,
+        merged=list(dict.fromkeys(ref.location for ref in settled.merged())),
+        config_from=config_from.location if config_from else None,
+        options=storage_options,
     )
 
 

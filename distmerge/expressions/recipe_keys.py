@@ -14,6 +14,7 @@ from typing import Any
 
 from distmerge.errors import ParameterError, RecipeError
 from distmerge.expressions.recipe_text import Document
+from distmerge.expressions.recipe_tokenizer import unknown_keys
 from distmerge.expressions.recipe_words import (
     CALL_NAMES,
     CHOICE_KEYS,
@@ -77,6 +78,7 @@ def check_formula_keys(document: Document, used: Collection[str]) -> list[Ignore
             near = difflib.get_close_matches(key, sorted(FORMULA_KEYS), 1)
             fix = f"write {near[0]!r}" if near else "leave it out"
             found.append(Ignored((key,), f"{where}: {key!r} is ignored here; {fix}.", fix))
+    found += tokenizer_keys(document)
     models = data.get("models")
     for name in models if isinstance(models, dict) else ():
         if name not in used:
@@ -112,12 +114,19 @@ def _ignored(document: Document, method: MergeMethod) -> Iterator[Ignored]:
     for key in ("base_model", "config_from"):
         yield from _check_reference(document, (key,), data.get(key), method)
     yield from _check_sections(document, data, (), method)
+    yield from tokenizer_keys(document)
     modules = data.get("modules")
     for name, module in (modules if isinstance(modules, dict) else {}).items():
         if isinstance(module, dict):
             path = ("modules", name)
             yield from _check_level(document, module, path, MODULE_KEYS, method)
             yield from _check_sections(document, module, path, method)
+
+
+def tokenizer_keys(document: Document) -> Iterator[Ignored]:
+    """Keys under `tokenizer:` that mean nothing."""
+    for path, fix in unknown_keys(document):
+        yield Ignored(path, f"{document.where(path)}: {path[-1]!r} is ignored here; {fix}.", fix)
 
 
 def _check_sections(

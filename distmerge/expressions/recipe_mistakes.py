@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Mapping
 
 from pydantic import ValidationError
@@ -9,6 +10,9 @@ from pydantic import ValidationError
 from distmerge.checkpoints.location import redact
 from distmerge.errors import DistmergeError, RecipeError
 from distmerge.expressions.recipe_text import Document, dotted
+from distmerge.expressions.recipe_words import MERGEKIT_METHODS
+from distmerge.methods.method import MergeMethod
+from distmerge.methods.registry import find_method
 
 EXAMPLES = {
     "merge_method": "merge_method: linear",
@@ -29,6 +33,10 @@ EXAMPLES = {
     "on_missing": "on_missing: error, common, base or average",
     "on_unequal": "on_unequal: error, or base",
     "on_shape_mismatch": "on_shape_mismatch: error, base or skip",
+    "tokenizer": "tokenizer: {source: union}",
+    "tokenizer_source": "tokenizer_source: union, base or org/name",
+    "tokens": "tokens: {'<|im_start|>': {source: org/name}}",
+    "pad_to_multiple_of": "pad_to_multiple_of: 64",
     "passthrough": "passthrough: [lm_head]",
     "storage_options": "storage_options: {'s3://bucket/': {endpoint_url: ...}}",
     "revision": "revision: 'main'; numbers need quotes",
@@ -66,3 +74,22 @@ def explained(
     if len(mistakes) == 1:
         return RecipeError(mistakes[0].rstrip(".") + ".", fix=fix)
     return RecipeError(f"{document.origin} has {len(mistakes)} mistakes.", *mistakes, fix=fix)
+
+
+def named_method(document: Document) -> MergeMethod:
+    """The method that a recipe names. Raises RecipeError, UnknownMethod."""
+    name = document.data.get("merge_method")
+    if name is None or not isinstance(name, str):
+        near = difflib.get_close_matches("merge_method", list(document.data), 1)
+        facts = [f"{document.where((near[0],))}: {near[0]!r} is no key of a recipe"] if near else []
+        raise RecipeError(
+            f"{document.origin} names no merge_method.", *facts, fix=EXAMPLES["merge_method"]
+        )
+    try:
+        return find_method(name)
+    except DistmergeError as error:
+        facts, fix = [*error.facts, document.where(("merge_method",))], error.fix
+        if name in MERGEKIT_METHODS:
+            facts.append("mergekit's method of that name is not supported yet")
+            fix = "choose one of the known ones; 'distmerge methods' describes them"
+        raise type(error)(error.headline, *facts, fix=fix) from None

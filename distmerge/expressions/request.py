@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distmerge.expressions.nodes import Expression, Leaf, OnShapeMismatch, OnUnequal, leaves
+from distmerge.expressions.tokenizer_files import TokenizerFiles
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class MergeRequest:
     seed: int = 0
     on_unequal: OnUnequal = "error"
     on_shape_mismatch: OnShapeMismatch = "error"
+    tokenizer: TokenizerFiles | None = None
+    """Instead of the donor's; None where the donor's is the output's."""
     recipe_text: str | None = None
     """The recipe as it was written, when the request came from one."""
     intermediates: tuple[tuple[str, MergeRequest], ...] = field(default=(), compare=False)

@@ -38,10 +38,16 @@ def kernel_class(device: str) -> str:
     return f"torch {version} cpu {torch.backends.cpu.get_cpu_capability()} {loops}"
 
 
-def digest_of(root: Any, *, seed: int, headers: Iterable[bytes], kernel: str) -> str:
-    """32 hexadecimal digits."""
+def digest_of(
+    root: Any, seed: int, headers: Iterable[bytes], kernel: str, tokenizer: str | None = None
+) -> str:
+    """32 hexadecimal digits.
+
+    tokenizer: of its files, where they aren't copied from the donor.
+    """
     text = hashlib.blake2b(digest_size=16)
-    for part in (str(FORMAT_VERSION), canonical(root), str(seed), kernel):
+    parts = [str(FORMAT_VERSION), canonical(root), str(seed), kernel]
+    for part in [*parts, tokenizer] if tokenizer else parts:
         text.update(part.encode() + b"\0")
     for header in headers:
         text.update(header)

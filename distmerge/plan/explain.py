@@ -181,13 +181,13 @@ def _model(task: KeyTask, leaf: int, inputs: Inputs) -> Piece:
 
 
 def _file(checkpoint: Checkpoint, source: int, file: str) -> str:
-    return f"{short_name(checkpoint.others[source - 1].url)}/{file}" if source else file
+    return f"{short_name(checkpoint.source(source).url)}/{file}" if source else file
 
 
 def _made(given: object, checkpoint: Checkpoint) -> str:
     """What a view does, in words."""
     if isinstance(given, LowRank):
-        adapter = short_name(checkpoint.others[given.a.source - 1].url)
+        adapter = short_name(checkpoint.source(given.a.source).url)
         kind = "" if given.magnitude is None else " (DoRA)"
         return _and(_made(given.inner, checkpoint), f"with the adapter {adapter}{kind}")
     if isinstance(given, Shifted):

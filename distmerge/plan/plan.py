@@ -143,7 +143,8 @@ def make_plan(
     outputs = with_scales(outputs) if eight else outputs
     units, headers = _units(outputs, inputs, max_shard_size)
     kernel = kernel_class(device)
-    digest = digest_of(request.root, seed=request.seed, headers=headers, kernel=kernel)
+    own = request.tokenizer and request.tokenizer.digest
+    digest = digest_of(request.root, request.seed, headers, kernel, own)
     if len(units) == 1:
         units = [replace(units[0], path=f"{STAGING}/{digest}/{units[0].shard}")]
     need = largest_need_of(outputs)
@@ -297,4 +298,4 @@ def _sources(tasks: Sequence[KeyTask], inputs: Inputs) -> dict[Origin, Source]:
 def _checkpoint(inputs: Inputs, leaf: int, source: int) -> Checkpoint:
     node = inputs.leaves[leaf]
     assert isinstance(node, Leaf)
-    return node.checkpoint.others[source - 1] if source else node.checkpoint
+    return node.checkpoint.source(source)

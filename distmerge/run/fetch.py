@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -114,6 +115,8 @@ class Fetcher:
                 fetched.tensors[want.place] = Raw(empty)
         reads = []
         for (origin, file), wants in places.items():
+            wants.sort(key=lambda want: want.byte_range()[0])
+            firsts = [want.byte_range()[0] for want in wants]
             for start, stop in ranges([want.byte_range() for want in wants]):
                 lease = self._arena.take(stop - start, start % ALIGN)
                 if lease is None:
@@ -125,7 +128,8 @@ class Fetcher:
                     self._pool.submit(store.read_into, source.files[file], start, lease.view)
                 )
                 fetched.nbytes += stop - start
-                _place(fetched, wants, start, stop, lease.view)
+                inside = wants[bisect_left(firsts, start) : bisect_left(firsts, stop)]
+                _place(fetched, inside, start, stop, lease.view)
         errors = [read.exception() for read in reads]  # every read ends before memory is reused
         for error in errors:
             if error is not None:

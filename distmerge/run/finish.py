@@ -45,9 +45,13 @@ def finish(plan: Plan, output: OutputStore, receipts: Sequence[Receipt]) -> dict
     files: dict[str, bytes] = {}
     if donor is not None:
         with closing(_store(donor.checkpoint, options)) as store:
-            checksums = copy_donor_files(donor.checkpoint, store, output)
+            tokenizer = plan.request.tokenizer
+            replaced = tokenizer.replaced if tokenizer else frozenset()
+            checksums = copy_donor_files(donor.checkpoint, store, output, replaced)
         if donor.checkpoint.config is not None:
             files["config.json"] = _config(plan, donor.checkpoint)
+    if plan.request.tokenizer is not None:
+        files |= plan.request.tokenizer.files
     card, warnings = _card(plan, output)
     files["README.md"] = card.encode()
     if plan.request.recipe_text is not None:

@@ -8,7 +8,7 @@ reason not to, and every reason can be listed.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
 
 import xxhash
@@ -72,8 +72,12 @@ def is_weights(path: str) -> bool:
     return bool(_WEIGHTS.search(path) or _INDEX.search(path))
 
 
-def copy_donor_files(donor: Checkpoint, store: Store, output: OutputStore) -> dict[str, str]:
+def copy_donor_files(
+    donor: Checkpoint, store: Store, output: OutputStore, replaced: Collection[str] = ()
+) -> dict[str, str]:
     """Copy the donor's other files to the output, `PIECE_BYTES` in memory at a time.
+
+    replaced: paths of files of which the output has its own, or that don't fit it.
 
     Returns
         path -> checksum of what was written, as the manifest lists it, in path order.
@@ -82,8 +86,8 @@ def copy_donor_files(donor: Checkpoint, store: Store, output: OutputStore) -> di
         ReadFailed, SourceChanged: from the donor's store.
         OutputError: from the output's.
     """
-    weights = {info.file for info in donor.tensors.values()}
-    wanted = [info for info in files_to_copy(donor.files) if info.path not in weights]
+    without = {info.file for info in donor.tensors.values()}.union(replaced)
+    wanted = [info for info in files_to_copy(donor.files) if info.path not in without]
     return {info.path: _copy(info, store, output) for info in wanted}
 
 

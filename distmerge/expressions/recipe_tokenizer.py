@@ -1,0 +1,112 @@
+"""What a recipe says of the output's vocabulary: `tokenizer:` and `tokenizer_source:`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from distmerge.errors import RecipeError
+from distmerge.expressions.model_ref import ModelRef
+from distmerge.expressions.recipe_text import Document
+from distmerge.expressions.yaml_lines import KeyPath
+
+TOKENIZER_KEYS = frozenset({"source", "tokens", "pad_to_multiple_of"})
+TOKEN_KEYS = frozenset({"source", "force"})
+SOURCE_KEYS = frozenset({"kind", "model", "token", "token_id"})
+
+
+class Zero(BaseModel):
+    """An embedding of zeros."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: Literal["zero"]
+
+
+class ModelToken(BaseModel):
+    """The embedding of another token of some model."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: Literal["model_token"]
+    model: ModelRef
+    token: str | None = None
+    token_id: Annotated[int | None, Field(ge=0)] = None
+
+    @model_validator(mode="after")
+    def _one(self) -> ModelToken:
+        if (self.token is None) == (self.token_id is None):
+            raise ValueError("give one of token and token_id")
+        return self
+
+
+class TokenRule(BaseModel):
+    """Where the embedding of one token comes from."""
+
+    model_config = ConfigDict(frozen=True)
+
+    source: Zero | ModelToken | ModelRef
+    """A model stands for its own embedding of the token."""
+    force: bool = False
+    """Do models that have the token take it too?"""
+
+
+class TokenizerSection(BaseModel):
+    """Which vocabulary the output has."""
+
+    model_config = ConfigDict(frozen=True)
+
+    source: ModelRef = ModelRef(path="union")
+    """`union`, `base`, or a model whose tokenizer it is."""
+    tokens: dict[str, TokenRule] = {}
+    pad_to_multiple_of: Annotated[int | None, Field(ge=1)] = None
+
+    @property
+    def model(self) -> ModelRef | None:
+        """The model whose tokenizer it is, if one is named."""
+        return None if self.source.path in ("union", "base") else self.source
+
+    def models(self) -> Iterator[ModelRef]:
+        """Every model that is named."""
+        if self.model is not None:
+            yield self.model
+        for rule in self.tokens.values():
+            if isinstance(rule.source, ModelRef):
+                yield rule.source
+            elif isinstance(rule.source, ModelToken):
+                yield rule.source.model
+
+
+def one_section(
+    section: TokenizerSection | None, source: ModelRef | None, document: Document
+) -> TokenizerSection | None:
+    """What `tokenizer:` and `tokenizer_source:` say together. Raises RecipeError if both speak."""
+    if section is not None and source is not None:
+        raise RecipeError(
+            f"{document.where(('tokenizer_source',))}: there is a 'tokenizer:' too.",
+            fix="keep one: tokenizer: {source: ...}",
+        )
+    return section if source is None else TokenizerSection(source=source)
+
+
+def unknown_keys(document: Document) -> Iterator[tuple[KeyPath, str]]:
+    """Keys under `tokenizer:` that mean nothing, each with what to do about it."""
+    section = document.data.get("tokenizer")
+    yield from _unknown(section, ("tokenizer",), TOKENIZER_KEYS)
+    tokens = section.get("tokens") if isinstance(section, dict) else None
+    for token, rule in tokens.items() if isinstance(tokens, dict) else ():
+        place = ("tokenizer", "tokens", token)
+        yield from _unknown(rule, place, TOKEN_KEYS)
+        source = rule.get("source") if isinstance(rule, dict) else None
+        if isinstance(source, dict) and "kind" in source:
+            yield from _unknown(source, (*place, "source"), SOURCE_KEYS)
+
+
+def _unknown(data: Any, path: KeyPath, known: frozenset[str]) -> Iterator[tuple[KeyPath, str]]:
+    for key in data if isinstance(data, dict) else ():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), sorted(known), 1)
+            yield (*path, key), f"write {near[0]!r}" if near else "leave it out"
