@@ -23,6 +23,7 @@ from distmerge.expressions.nodes import (
     Stack,
     TensorLeaf,
 )
+from distmerge.expressions.tokenizer_files import TokenizerFiles
 from distmerge.methods.fusion import fused_loops
 
 FORMAT_VERSION = 1
@@ -39,15 +40,19 @@ def kernel_class(device: str) -> str:
 
 
 def digest_of(
-    root: Any, seed: int, headers: Iterable[bytes], kernel: str, tokenizer: str | None = None
+    root: Any,
+    seed: int,
+    headers: Iterable[bytes],
+    kernel: str,
+    tokenizer: TokenizerFiles | None = None,
 ) -> str:
     """32 hexadecimal digits.
 
-    tokenizer: of its files, where they aren't copied from the donor.
+    tokenizer: the output's, where it isn't copied from the donor.
     """
     text = hashlib.blake2b(digest_size=16)
     parts = [str(FORMAT_VERSION), canonical(root), str(seed), kernel]
-    for part in [*parts, tokenizer] if tokenizer else parts:
+    for part in [*parts, tokenizer.digest] if tokenizer else parts:
         text.update(part.encode() + b"\0")
     for header in headers:
         text.update(header)

@@ -143,8 +143,7 @@ def make_plan(
     outputs = with_scales(outputs) if eight else outputs
     units, headers = _units(outputs, inputs, max_shard_size)
     kernel = kernel_class(device)
-    own = request.tokenizer and request.tokenizer.digest
-    digest = digest_of(request.root, request.seed, headers, kernel, own)
+    digest = digest_of(request.root, request.seed, headers, kernel, request.tokenizer)
     if len(units) == 1:
         units = [replace(units[0], path=f"{STAGING}/{digest}/{units[0].shard}")]
     need = largest_need_of(outputs)
