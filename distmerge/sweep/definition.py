@@ -117,7 +117,8 @@ def read_sweep(source: Given) -> tuple[Space, list[Document]]:
 
 def setting_text(path: str, value: Any) -> str:
     """A setting as `--set` takes it: one line of YAML."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=True)
+    # Escaped: PyYAML writes some line breaks of Unicode as they are, and reads them as spaces.
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=False)
     return f"{path}={text.strip().removesuffix('...').strip()}"
 
 
