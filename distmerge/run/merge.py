@@ -125,7 +125,8 @@ def plan(what: Any, out: str | None = None, **options: Any) -> Plan:
     output = None
     if out is not None:
         output = open_output(out, request.storage_options, pull_request=settings.pull_request)
-    decided = plan_request(request, settings, sending=output.buffers if output else 0)
+    sending = (output or open_output(".")).buffers  # a local one, where none is named
+    decided = plan_request(request, settings, sending=sending)
     if output is not None:
         published = look(output)
         if not published.holds(decided.digest):

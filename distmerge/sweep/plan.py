@@ -114,7 +114,7 @@ def plan_sweep(sweep: Sweep, settings: MergeOptions, *, out: str | None = None) 
     options = sweep.candidates[0].recipe.storage_options if given is None else given
     settled = [_named(candidate) for candidate in sweep.candidates]
     pinned = pin_models((ref for one in settled for ref in one.named()), options)
-    sending = 0 if out is None else open_output(out, options).buffers
+    sending = open_output(out or ".", options).buffers  # a local one, where none is named
     # The recipes hold the overrides already.
     plain = replace(settings, overrides=(), strict=False)
     plans: list[Plan] = []
