@@ -13,7 +13,19 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from distmerge.checkpoints.tensors import DTYPE_BYTES, TensorInfo
-from distmerge.checkpoints.views import Joined, Need, Part, Plain, Slice, Span, View, wide, widened
+from distmerge.checkpoints.views import (
+    Around,
+    Composed,
+    Joined,
+    Need,
+    Part,
+    Plain,
+    Slice,
+    Span,
+    View,
+    wide,
+    widened,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,26 +53,12 @@ class Zeros(View):
 
 
 @dataclass(frozen=True)
-class Mean(View):
+class Mean(Composed):
     """The mean of views of one shape, element by element."""
-
-    members: tuple[View, ...]
-
-    @cached_property
-    def parts(self) -> tuple[Part, ...]:
-        return tuple(part for member in self.members for part in member.parts)
 
     @property
     def fixed(self) -> int:
         return sum(member.fixed for member in self.members)
-
-    @property
-    def whole(self) -> bool:
-        return any(member.whole for member in self.members)
-
-    @property
-    def coded(self) -> bool:
-        return any(member.coded for member in self.members)
 
     def needs(self, span: Span) -> list[Need]:
         found: list[Need] = []
@@ -83,25 +81,15 @@ class Mean(View):
 
 
 @dataclass(frozen=True)
-class Padded(View):
+class Padded(Around):
     """A matrix with further rows, each of them the mean of its rows.
 
     The mean is known only at the matrix's end, so that it is made whole.
     """
 
-    inner: View
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        return self.inner.parts
-
     @property
     def whole(self) -> bool:
         return True
-
-    @property
-    def coded(self) -> bool:
-        return self.inner.coded
 
     def needs(self, span: Span) -> list[Need]:
         return self.inner.needs((0, self.inner.elements))
@@ -109,39 +97,22 @@ class Padded(View):
     def values(self, span: Span, pieces: Sequence[Tensor]) -> Tensor:
         inner = self.inner.values((0, self.inner.elements), pieces)
         rows = inner.to(wide(self.dtype, inner)).view(self.inner.shape)
-        more = rows.mean(dim=0, keepdim=True).expand(self.shape[0] - len(rows), *rows.shape[1:])
-        return rows.new_zeros(self.shape).copy_(_stacked(rows, more)).view(-1)[slice(*span)]
-
-
-def _stacked(rows: Tensor, more: Tensor) -> Tensor:
-    import torch
-
-    return torch.cat([rows, more])
+        padded = rows.new_empty(self.shape)
+        padded[: len(rows)] = rows
+        padded[len(rows) :] = rows.mean(dim=0)
+        return padded.view(-1)[slice(*span)]
 
 
 @dataclass(frozen=True)
-class Elsewhere(View):
+class Elsewhere(Around):
     """A view of another checkpoint, read from here."""
 
-    inner: View
     sources: tuple[int, ...]
     """For each of the inner view's sources, its number here."""
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
         return tuple(replace(part, source=self.sources[part.source]) for part in self.inner.parts)
-
-    @property
-    def fixed(self) -> int:
-        return self.inner.fixed
-
-    @property
-    def whole(self) -> bool:
-        return self.inner.whole
-
-    @property
-    def coded(self) -> bool:
-        return self.inner.coded
 
     def needs(self, span: Span) -> list[Need]:
         return self.inner.needs(span)

@@ -110,11 +110,10 @@ class Plain(View):
 
 
 @dataclass(frozen=True)
-class Slice(View):
-    """A run of another view's elements, under a shape of its own."""
+class Around(View):
+    """Another view, presented in another way."""
 
     inner: View
-    first: int
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -132,6 +131,32 @@ class Slice(View):
     def coded(self) -> bool:
         return self.inner.coded
 
+
+@dataclass(frozen=True)
+class Composed(View):
+    """Several views, put together."""
+
+    members: tuple[View, ...]
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        return tuple(part for member in self.members for part in member.parts)
+
+    @property
+    def coded(self) -> bool:
+        return any(member.coded for member in self.members)
+
+    @property
+    def whole(self) -> bool:
+        return any(member.whole for member in self.members)
+
+
+@dataclass(frozen=True)
+class Slice(Around):
+    """A run of another view's elements, under a shape of its own."""
+
+    first: int
+
     def _inner(self, span: Span) -> Span:
         return self.first + span[0], self.first + span[1]
 
@@ -143,26 +168,12 @@ class Slice(View):
 
 
 @dataclass(frozen=True)
-class Joined(View):
+class Joined(Composed):
     """Other views, one behind the other: what is stacked, or joined along the first dimension."""
-
-    members: tuple[View, ...]
-
-    @cached_property
-    def parts(self) -> tuple[Part, ...]:
-        return tuple(part for member in self.members for part in member.parts)
 
     @cached_property
     def fixed(self) -> int:
         return max((member.fixed for member in self.members), default=0)
-
-    @property
-    def coded(self) -> bool:
-        return any(member.coded for member in self.members)
-
-    @property
-    def whole(self) -> bool:
-        return any(member.whole for member in self.members)
 
     @cached_property
     def _starts(self) -> list[int]:

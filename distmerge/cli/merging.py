@@ -33,9 +33,7 @@ def merge(
     device: options.Device = options.DeviceName.cpu,
     seed: options.Seed = None,
     overwrite: options.Overwrite = False,
-    allow_non_finite: Annotated[
-        bool, typer.Option("--allow-non-finite", help="Write NaN and infinity too.")
-    ] = False,
+    allow_non_finite: options.AllowNonFinite = False,
     pull_request: Annotated[
         bool, typer.Option("--pr", help="On the Hub: open a pull request with the result.")
     ] = False,
@@ -43,10 +41,8 @@ def merge(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan, write nothing.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings and errors.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Events on stdout, one JSON object a line.")
-    ] = False,
+    quiet: options.Quiet = False,
+    as_json: options.AsEvents = False,
     overrides: options.Overrides = None,
     strict: options.Strict = False,
     trace: options.Trace = False,

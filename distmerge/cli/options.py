@@ -62,5 +62,10 @@ Overrides = Annotated[
 Strict = Annotated[
     bool, typer.Option("--strict", help="Keys of the recipe without effect are an error.")
 ]
+AllowNonFinite = Annotated[
+    bool, typer.Option("--allow-non-finite", help="Write NaN and infinity too.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Only warnings and errors.")]
+AsEvents = Annotated[bool, typer.Option("--json", help="Events on stdout, one JSON object a line.")]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 Trace = Annotated[bool, typer.Option("--trace", help="Show where an error was raised.")]

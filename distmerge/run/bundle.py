@@ -22,8 +22,8 @@ from distmerge.plan.work import KeyTask, WorkUnit
 from distmerge.run.fetch import Fetched
 from distmerge.run.unit import UnitContext, UnitRun
 from distmerge.run.windows import Streamed, Window, is_copied
-from distmerge.run.worker import Worker, peak_memory
-from distmerge.write.shard import Receipt, ShardWriter, receipt_path
+from distmerge.run.worker import Worker, write_receipt
+from distmerge.write.shard import Receipt, ShardWriter
 
 
 class Member:
@@ -41,18 +41,10 @@ class Member:
 
     def receive(self, run: UnitRun, writer: ShardWriter, bytes_read: int) -> Receipt:
         """Make the shard visible, with its receipt."""
-        receipt = Receipt(
-            shard=run.unit.shard,
-            checksum=writer.commit(),
-            size=writer.size,
-            changed=run.tally.changed,
-            lost=run.tally.lost,
-            bytes_read=bytes_read,
-            peak_memory=peak_memory(),
+        checksum = writer.commit()
+        return write_receipt(
+            self.output, self.plan.digest, run, writer.size, checksum, bytes_read=bytes_read
         )
-        path = receipt_path(self.plan.digest, run.unit.shard)
-        self.output.write_bytes(path, receipt.to_json())
-        return receipt
 
 
 class BundleRun(UnitRun):
@@ -81,10 +73,10 @@ class BundleRun(UnitRun):
         self._left: set[int] = set()
         """Members that have written the key that is streamed."""
 
-    def _evaluation(self, task: KeyTask) -> Evaluation:
-        return self.runs[0]._evaluation(self.runs[0].unit.tasks[self.unit.tasks.index(task)])
+    def evaluation(self, task: KeyTask) -> Evaluation:
+        return self.runs[0].evaluation(self.runs[0].unit.tasks[self.unit.tasks.index(task)])
 
-    def _process(self, window: Window, fetched: Fetched) -> None:
+    def process(self, window: Window, fetched: Fetched) -> None:
         shared = window.streamed
         if shared is not None and shared is not self._streaming:
             self._streaming, self._left = shared, set()
@@ -95,7 +87,7 @@ class BundleRun(UnitRun):
             if member.error is None and not (shared is not None and i in self._left):
                 own = window if shared is None else replace(window, streamed=self._streamed[i])
                 try:
-                    run._process(own, fetched)
+                    run.process(own, fetched)
                 except DistmergeError as error:
                     member.error = error
         if all(member.error is not None for member in self.members):
@@ -108,7 +100,7 @@ class BundleRun(UnitRun):
 
     def _begin(self, run: UnitRun, place: int) -> Streamed:
         task = run.unit.tasks[place]
-        return Streamed(None if is_copied(task) else run._evaluation(task))
+        return Streamed(None if is_copied(task) else run.evaluation(task))
 
     def finish(self) -> list[Receipt]:
         """Make the shards of the members that did not fail visible."""
@@ -133,7 +125,7 @@ def run_side_by_side(
     worker: Worker, members: Sequence[Member], units: Sequence[WorkUnit]
 ) -> list[Receipt]:
     """One shard of each member; members that fail hold their error."""
-    run = BundleRun(members, units, worker._context({}))
+    run = BundleRun(members, units, worker.unit_context({}))
     try:
         with one_torch_thread():
             run.run()

@@ -81,7 +81,7 @@ class UnitRun:
         upcoming_windows = windows(
             self.unit.tasks,
             self.context.arena_size,
-            self._evaluation,
+            self.evaluation,
             only_ask=self._only_ask,
         )
         upcoming = self._prefetch(upcoming_windows)
@@ -93,7 +93,7 @@ class UnitRun:
                 upcoming = self._prefetch(upcoming_windows)
                 self.bytes_read += fetched.nbytes
                 self.context.on_bytes(fetched.nbytes, 0)
-                self._process(window, fetched)
+                self.process(window, fetched)
             except BaseException:
                 if upcoming is not None:
                     self._abandon(upcoming[1], fetched)
@@ -117,7 +117,8 @@ class UnitRun:
 
     # --- merging
 
-    def _evaluation(self, task: KeyTask) -> Evaluation:
+    def evaluation(self, task: KeyTask) -> Evaluation:
+        """A key's program, about to be run."""
         dtypes = [spec_of(given)[0] for given in task.inputs.values()]
         return Evaluation(
             task.program,
@@ -128,7 +129,8 @@ class UnitRun:
             model_answers=self.context.model_answers,
         )
 
-    def _process(self, window: Window, fetched: Fetched) -> None:
+    def process(self, window: Window, fetched: Fetched) -> None:
+        """Do what there is to be done with what has been read."""
         if window.streamed is None:
             for tasks in batches(self.unit.tasks, window, self.context.gathered):
                 self._process_group(tasks, fetched)
@@ -143,7 +145,7 @@ class UnitRun:
 
     def _process_group(self, tasks: Sequence[int], fetched: Fetched) -> None:
         merged = [i for i in tasks if not is_copied(self.unit.tasks[i])]
-        evaluations = {i: self._evaluation(self.unit.tasks[i]) for i in merged}
+        evaluations = {i: self.evaluation(self.unit.tasks[i]) for i in merged}
         reads = {i: self._reader(i, fetched) for i in tasks}
         found = settle(
             [evaluations[i] for i in merged], [reads[i] for i in merged], self.context.pool

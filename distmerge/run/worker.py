@@ -92,17 +92,7 @@ class Worker:
         except BaseException:
             writer.discard()
             raise
-        receipt = Receipt(
-            shard=unit.shard,
-            checksum=checksum,
-            size=writer.size,
-            changed=run.tally.changed,
-            lost=run.tally.lost,
-            bytes_read=run.bytes_read,
-            peak_memory=peak_memory(),
-        )
-        output.write_bytes(receipt_path(self.settings.digest, unit.shard), receipt.to_json())
-        return receipt
+        return write_receipt(output, self.settings.digest, run, writer.size, checksum)
 
     def ask(self, unit: WorkUnit, known: Mapping[Place, Any]) -> list[KeyPartials]:
         """What the unit's keys have to say to open questions about the whole model."""
@@ -112,12 +102,13 @@ class Worker:
         self, unit: WorkUnit, known: Mapping[Place, Any], writer: ShardWriter | None
     ) -> UnitRun:
         """Run a unit into a writer, or, without one, only for its questions."""
-        run = UnitRun(unit, self._context(known), writer)
+        run = UnitRun(unit, self.unit_context(known), writer)
         with one_torch_thread():
             run.run()
         return run
 
-    def _context(self, known: Mapping[Place, Any]) -> UnitContext:
+    def unit_context(self, known: Mapping[Place, Any]) -> UnitContext:
+        """What every unit of this worker runs with; `known` answers are about the whole model."""
         settings = self.settings
         return UnitContext(
             fetcher=self._fetcher,
@@ -151,3 +142,29 @@ def peak_memory() -> int:
     except (OSError, IndexError):
         usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return usage if sys.platform == "darwin" else usage * 1024
+
+
+def write_receipt(
+    output: OutputStore,
+    digest: str,
+    run: UnitRun,
+    size: int,
+    checksum: str,
+    *,
+    bytes_read: int | None = None,
+) -> Receipt:
+    """The proof that the unit's shard is whole, once its writer has committed it.
+
+    bytes_read: if it isn't the run itself that read.
+    """
+    receipt = Receipt(
+        shard=run.unit.shard,
+        checksum=checksum,
+        size=size,
+        changed=run.tally.changed,
+        lost=run.tally.lost,
+        bytes_read=run.bytes_read if bytes_read is None else bytes_read,
+        peak_memory=peak_memory(),
+    )
+    output.write_bytes(receipt_path(digest, run.unit.shard), receipt.to_json())
+    return receipt
