@@ -20,7 +20,7 @@ from distmerge.expressions.evaluate import Place
 from distmerge.expressions.model_questions import KeyPartials
 from distmerge.plan.memory import WINDOW, WINDOWS, MemoryPlan
 from distmerge.plan.work import Source, WorkUnit
-from distmerge.run.allocator import keep_freed_memory
+from distmerge.run.allocator import give_back_freed_memory, keep_freed_memory
 from distmerge.run.arena import Arena
 from distmerge.run.fetch import Fetcher
 from distmerge.run.unit import UnitContext, UnitRun
@@ -124,13 +124,15 @@ class Worker:
         )
 
     def close(self) -> None:
-        """End the worker's threads and close its files."""
+        """End the worker's threads, close its files, give its memory back."""
         self._arena.close()
         self._prefetcher.shutdown()
         self._fetcher.close()
         self._pool.close()
         for store in self._stores.values():
             store.close()
+        self._windows.clear()
+        give_back_freed_memory()
 
 
 def peak_memory() -> int:

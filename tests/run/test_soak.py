@@ -82,10 +82,10 @@ def test_fifty_merges_leave_nothing_growing(s3, hub, tmp_path):
     assert ran.returncode == 0, ran.stderr
     told = json.loads(ran.stdout.splitlines()[-1])
     before, after = told[0], told[-1]
-    # A leak grows in every stretch; the allocator takes another arena (64 MiB) in one of them.
+    # A leak grows in every stretch; a library's pool may grow in one of them.
     grown = [b["memory"] - a["memory"] for a, b in pairwise(told)]
     assert min(grown) <= 4 << 20, grown
-    assert sum(grown) <= 128 << 20, grown
+    assert sum(grown) <= 32 << 20, grown
     assert after["handles"] <= before["handles"] + 4
     assert after["threads"] <= before["threads"]
     assert after["children"] == before["children"]
