@@ -19,7 +19,7 @@ unit, and engines differ only in where they call it. The folders, read in order,
     plan/            4 who does what: memory model, shards, digest, the plan
     run/             5 doing it: one unit, the engines, the merge loop, events
     write/           6 what comes out: shards, index, config, card, manifest; reading it again
-    sweep/           7 many merges of the same models: the space of candidates, its plan, its run
+    sweeps/          7 many merges of the same models: the space of candidates, its plan, its run
     huggingface/     the bridge to transformers: pipelines and modules in and out
     importance.py    importances of parameters, estimated from a pipeline and data
     cli/, demo/      the command line; small real models to try it on

@@ -24,7 +24,7 @@ BELOW: dict[str, set[str]] = {
     "write": {"errors", "checkpoints"},
     "plan": {"errors", "checkpoints", "methods", "expressions", "write"},
     "run": {"errors", "checkpoints", "methods", "expressions", "write", "plan"},
-    "sweep": {"errors", "checkpoints", "methods", "expressions", "write", "plan", "run"},
+    "sweeps": {"errors", "checkpoints", "methods", "expressions", "write", "plan", "run"},
     "huggingface": {"errors", "checkpoints"},
 }
 """For each part, those that it builds on. The command line, the demo and `importance.py` stand on

@@ -15,7 +15,7 @@ from distmerge.run.progress import printable, watching
 if TYPE_CHECKING:
     from distmerge.expressions.request import MergeRequest
     from distmerge.plan.plan import Plan
-    from distmerge.sweep.plan import SweepPlan
+    from distmerge.sweeps.plan import SweepPlan
 
 ALLOWED_MEM = "2GiB"
 

@@ -42,9 +42,9 @@ def sweep(
 ) -> None:
     """Merge many variants of one recipe."""
     from distmerge.run.options import MergeOptions
-    from distmerge.sweep.definition import load_sweep
-    from distmerge.sweep.plan import plan_sweep
-    from distmerge.sweep.run import run_sweep
+    from distmerge.sweeps.definition import load_sweep
+    from distmerge.sweeps.plan import plan_sweep
+    from distmerge.sweeps.run import run_sweep
 
     wanted = load_sweep(space, overrides=overrides or (), strict=strict)
     for text in wanted.warnings:

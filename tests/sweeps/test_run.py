@@ -12,9 +12,9 @@ from run.merging import small_models
 import distmerge
 from distmerge.errors import KeyMismatch, RecipeError, SweepFailed
 from distmerge.run.options import MergeOptions
-from distmerge.sweep.definition import load_sweep, setting_text
-from distmerge.sweep.plan import plan_sweep
-from distmerge.sweep.run import run_sweep
+from distmerge.sweeps.definition import load_sweep, setting_text
+from distmerge.sweeps.plan import plan_sweep
+from distmerge.sweeps.run import run_sweep
 
 OPTIONS = MergeOptions(workers=2, max_shard_size="3KB")
 

@@ -10,9 +10,9 @@ import distmerge
 from distmerge.checkpoints import local_store
 from distmerge.errors import SweepFailed
 from distmerge.run.options import MergeOptions
-from distmerge.sweep.definition import load_sweep
-from distmerge.sweep.plan import plan_sweep
-from distmerge.sweep.run import run_sweep
+from distmerge.sweeps.definition import load_sweep
+from distmerge.sweeps.plan import plan_sweep
+from distmerge.sweeps.run import run_sweep
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_one_that_fails_is_dropped_and_the_pass_goes_on(family, tmp_path, reads)
 
 
 def test_a_sweep_that_was_stopped_goes_on_shard_by_shard(family, tmp_path, reads, monkeypatch):
-    from distmerge.sweep import together
+    from distmerge.sweeps import together
 
     sweep = sweep_of(family, grid={"parameters.density": [0.2, 0.4, 0.6]})
     options = MergeOptions(workers=2, max_shard_size="9MB")

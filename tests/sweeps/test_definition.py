@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from distmerge.errors import ParameterError, RecipeError, UnknownMethod
 from distmerge.expressions.recipe import load_recipe
 from distmerge.expressions.recipe_text import apply_overrides, parse_documents
-from distmerge.sweep.definition import load_sweep, setting_text
+from distmerge.sweeps.definition import load_sweep, setting_text
 
 RECIPE = """
 merge_method: ties

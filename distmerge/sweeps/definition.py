@@ -25,8 +25,8 @@ from distmerge.errors import DistmergeError, RecipeError
 from distmerge.expressions.recipe import Recipe, load_recipe
 from distmerge.expressions.recipe_mistakes import explained
 from distmerge.expressions.recipe_text import Document, Given, override, read_documents
-from distmerge.sweep.names import names_of
-from distmerge.sweep.space import HIDDEN, SPACE_KEYS, Settings, Space
+from distmerge.sweeps.names import names_of
+from distmerge.sweeps.space import HIDDEN, SPACE_KEYS, Settings, Space
 
 EXAMPLES = {
     "combinations": "combinations: {of: [org/law, org/food, org/code], size: 2..3}",

@@ -32,7 +32,7 @@ from pydantic import (
 )
 
 from distmerge.errors import RecipeError
-from distmerge.sweep.sampling import TAGS, Axis, points
+from distmerge.sweeps.sampling import TAGS, Axis, points
 
 Settings = dict[str, Any]
 """Path -> value, in the order of the parts."""

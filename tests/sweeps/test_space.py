@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distmerge.errors import RecipeError
-from distmerge.sweep.names import names_of, short_paths
-from distmerge.sweep.space import Space
+from distmerge.sweeps.names import names_of, short_paths
+from distmerge.sweeps.space import Space
 
 PATHS = ["parameters.density", "parameters.weight", "models.0.parameters.weight", "seed", "over"]
 numbers = st.floats(-10, 10, allow_nan=False) | st.integers(-5, 5)

@@ -10,9 +10,9 @@ from distmerge.expressions.problems import SHOWN
 from distmerge.run.events import Event, Listener, silent
 from distmerge.run.merge import merge
 from distmerge.run.options import MergeOptions
-from distmerge.sweep.definition import Candidate, Sweep
-from distmerge.sweep.plan import plan_sweep
-from distmerge.sweep.together import fill
+from distmerge.sweeps.definition import Candidate, Sweep
+from distmerge.sweeps.plan import plan_sweep
+from distmerge.sweeps.together import fill
 
 
 def run_sweep(

@@ -17,7 +17,7 @@ from distmerge.plan.plan import Plan
 from distmerge.plan.sizes import format_size, parse_size
 from distmerge.run.merge import as_request, plan_request
 from distmerge.run.options import MergeOptions
-from distmerge.sweep.definition import Candidate, Sweep, of_candidate
+from distmerge.sweeps.definition import Candidate, Sweep, of_candidate
 from distmerge.write.output import open_output
 
 if TYPE_CHECKING:
