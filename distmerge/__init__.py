@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from distmerge.methods.task_vectors import task_arithmetic as task
     from distmerge.methods.task_vectors import ties
     from distmerge.run.merge import merge
+    from distmerge.sweeps.run import sweep
 
 __all__ = [
     "AccessDenied",
@@ -123,6 +124,7 @@ __all__ = [
     "slerp",
     "soup",
     "stock",
+    "sweep",
     "task",
     "ties",
     "total",
@@ -151,6 +153,7 @@ _HOMES = {
     "slerp": "methods.spherical",
     "soup": "methods.linear:linear",
     "stock": "methods.stock:model_stock",
+    "sweep": "sweeps.run",
     "task": "methods.task_vectors:task_arithmetic",
     "ties": "methods.task_vectors",
     "total": "methods.reductions",

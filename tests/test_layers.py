@@ -24,7 +24,8 @@ BELOW: dict[str, set[str]] = {
     "write": {"errors", "checkpoints"},
     "plan": {"errors", "checkpoints", "methods", "expressions", "write"},
     "run": {"errors", "checkpoints", "methods", "expressions", "write", "plan"},
-    "sweeps": {"errors", "checkpoints", "methods", "expressions", "write", "plan", "run"},
+    "sweeps": {"errors", "checkpoints", "methods", "expressions", "write", "plan", "run"}
+    | {"huggingface"},
     "huggingface": {"errors", "checkpoints"},
 }
 """For each part, those that it builds on. The command line, the demo and `importance.py` stand on
@@ -57,7 +58,7 @@ DOORS = {
 """The imports that go up, by what they are for: (file, module)."""
 
 HOMES = {
-    "ray": {"run/ray_", "demo/walkthrough.py"},
+    "ray": {"run/ray_", "sweeps/ray_", "demo/walkthrough.py"},
     "fsspec": {"checkpoints/fsspec_store.py"},
     "s3fs": {"checkpoints/fsspec_store.py"},
     "huggingface_hub": {
@@ -73,6 +74,7 @@ HOMES = {
         "demo/perplexity.py",
         "demo/training.py",
         "demo/walkthrough.py",
+        "huggingface/from_folder.py",
         "huggingface/layouts.py",
         "huggingface/load_check.py",
         "huggingface/pipelines.py",
@@ -83,12 +85,14 @@ HOMES = {
     "rich": {"cli/tables.py", "demo/walkthrough.py", "plan/describe.py", "run/progress.py"},
     "typer": {"cli/"},
     "numba": {"methods/kernels.py", "methods/random_kernels.py"},
-    "cloudpickle": {"methods/user_code.py", "run/ray_"},
+    "cloudpickle": {"methods/user_code.py", "run/ray_", "sweeps/evaluation.py", "sweeps/ray_"},
 }
 """The files that may import a library: it is part of what they are for."""
 AT_THE_TOP = {
     *((f"run/ray_{name}.py", "ray") for name in ("actors", "cluster", "engine")),
     *((f"run/ray_{name}.py", "cloudpickle") for name in ("actors", "engine", "worker")),
+    *(("sweeps/ray_scoring.py", name) for name in ("ray", "cloudpickle")),
+    ("sweeps/evaluation.py", "cloudpickle"),
     ("methods/kernels.py", "numba"),
     ("methods/random_kernels.py", "numba"),
     ("methods/user_code.py", "cloudpickle"),

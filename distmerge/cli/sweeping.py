@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +12,10 @@ from distmerge.cli import options
 from distmerge.cli.failures import reported
 from distmerge.cli.merging import ALLOWED_MEM, show_plan, warn
 from distmerge.run.progress import watching
+
+if TYPE_CHECKING:
+    from distmerge.sweeps.evaluation import Keep
+    from distmerge.sweeps.results import Result
 
 
 @reported
@@ -64,5 +70,16 @@ def sweep(
     if dry_run:
         show_plan(plan_sweep(wanted, settings, out=out), as_json=as_json)
         return
+    judged = None if as_json or quiet else partial(show_results, keep=wanted.judging.kept)
     with watching(json=as_json, quiet=quiet, told=wanted.warnings) as listener:
-        run_sweep(wanted, out, settings, listener=listener)
+        run_sweep(wanted, out, settings, listener=listener, told=judged or (lambda results: None))
+
+
+def show_results(results: Sequence[Result], keep: Keep) -> None:
+    """The leaderboard on standard output, the best first; nothing where nothing was scored."""
+    from distmerge.cli.tables import console, table
+    from distmerge.sweeps.results import leaderboard
+
+    columns, rows = leaderboard(results, keep)
+    if rows:
+        console().print(table("Leaderboard", columns, rows))

@@ -4,6 +4,8 @@
     tasks.py        config -> the task of its pipeline
     pipelines.py    name -> pipeline, weights -> pipeline
     modules.py      module -> parameters, weights -> module
+    from_folder.py  weights in memory and a folder of all else -> model, pipeline
+    perplexity.py   a causal model, texts -> nats per token
     state_dict.py   tensors in a file's layout -> a model, as from_pretrained reads them
     layouts.py      keys -> which of them transformers joins or cuts
     load_check.py   headers -> what from_pretrained would complain about

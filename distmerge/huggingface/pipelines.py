@@ -58,6 +58,16 @@ def load_pipeline(name: str, task: str | None = None, **options: Any) -> Pipelin
     return pipe
 
 
+def pipeline_around(task: str, model: nn.Module, **parts: str) -> Pipeline:
+    """A pipeline around a model; its other parts are loaded from these folders, as far as the task
+    has a use for them."""
+    import transformers
+
+    make: Any = transformers.pipeline
+    made: Pipeline = make(task, model, pipeline_class=_tolerant(_pipeline_class(task)), **parts)
+    return made
+
+
 def to_pipeline(
     tensors: Mapping[str, Tensor],
     name: str,

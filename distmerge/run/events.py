@@ -12,13 +12,15 @@ if TYPE_CHECKING:
     from distmerge.plan.plan import Plan
     from distmerge.plan.work import WorkUnit
 
-Kind = Literal["plan", "notice", "worker", "progress", "unit", "retry", "done"]
+Kind = Literal["plan", "notice", "worker", "progress", "unit", "retry", "score", "done"]
 """plan: units, bytes_in, bytes_out, tensors, resumed (units that an earlier run finished)
 notice: text
 worker: node, pid of a worker on a cluster that is ready
 progress: bytes_read, bytes_written since the last event of this kind; on a cluster node
 unit: shard, done (units so far), total
 retry: shard, attempt, node (where the worker was lost), reason
+score: candidate, scores (name -> number), error (None, or why there are none), seconds,
+    done (candidates so far)
 done: url, seconds, bytes_read, bytes_written, tensors, lost_delta_share, notices"""
 
 

@@ -39,19 +39,7 @@ RECIPE_FILE = "mergekit_config.yml"
 
 def finish(plan: Plan, output: OutputStore, receipts: Sequence[Receipt]) -> dict[str, Any]:
     """Write everything else and publish. Returns what the `done` event tells."""
-    donor = plan.request.config_from or plan.request.donor
-    options = plan.request.storage_options
-    checksums: dict[str, str] = {}
-    files: dict[str, bytes] = {}
-    if donor is not None:
-        with closing(_store(donor.checkpoint, options)) as store:
-            tokenizer = plan.request.tokenizer
-            replaced = tokenizer.replaced if tokenizer else frozenset()
-            checksums = copy_donor_files(donor.checkpoint, store, output, replaced)
-        if donor.checkpoint.config is not None:
-            files["config.json"] = _config(plan, donor.checkpoint)
-    if plan.request.tokenizer is not None:
-        files |= plan.request.tokenizer.files
+    files, checksums = other_files(plan, output)
     card, warnings = _card(plan, output)
     files["README.md"] = card.encode()
     if plan.request.recipe_text is not None:
@@ -79,6 +67,25 @@ def finish(plan: Plan, output: OutputStore, receipts: Sequence[Receipt]) -> dict
         "peak_memory": max((receipt.peak_memory for receipt in receipts), default=0),
         "notices": warnings,
     }
+
+
+def other_files(plan: Plan, output: OutputStore) -> tuple[dict[str, bytes], dict[str, str]]:
+    """What loaders need beside the tensors: the donor's files, copied, with their checksums; the
+    config and what replaces some of the donor's files, to be written."""
+    donor = plan.request.config_from or plan.request.donor
+    options = plan.request.storage_options
+    checksums: dict[str, str] = {}
+    files: dict[str, bytes] = {}
+    if donor is not None:
+        with closing(_store(donor.checkpoint, options)) as store:
+            tokenizer = plan.request.tokenizer
+            replaced = tokenizer.replaced if tokenizer else frozenset()
+            checksums = copy_donor_files(donor.checkpoint, store, output, replaced)
+        if donor.checkpoint.config is not None:
+            files["config.json"] = _config(plan, donor.checkpoint)
+    if plan.request.tokenizer is not None:
+        files |= plan.request.tokenizer.files
+    return files, checksums
 
 
 def _store(checkpoint: Checkpoint, options: StorageOptions) -> Store:

@@ -248,8 +248,7 @@ class JsonWatcher:
 def sentences(event: Event, told: set[str]) -> Iterator[str]:
     """What an event says in words; notices in `told` are not repeated, new ones are added."""
     data = event.data
-    notices = [data["text"]] if event.kind == "notice" else data.get("notices", [])
-    for text in notices:
+    for text in [data["text"]] if event.kind == "notice" else data.get("notices", []):
         if text not in told:
             told.add(text)
             yield f"Note: {text}"
@@ -260,6 +259,9 @@ def sentences(event: Event, told: set[str]) -> Iterator[str]:
     elif event.kind == "retry":
         shard, attempt, reason = data["shard"], data["attempt"], data["reason"]
         yield f"Again, attempt {attempt}: {shard}, since {reason}"
+    elif event.kind == "score":
+        scores = [f"{name} {value:.6g}" for name, value in data["scores"].items()]
+        yield f"{data['candidate']}: {data['error'] or ', '.join(scores)}"
     elif event.kind == "done":
         yield from summary(data)
 

@@ -14,10 +14,10 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from distmerge.checkpoints.location import redact
 from distmerge.checkpoints.store import StorageOptions
@@ -25,6 +25,7 @@ from distmerge.errors import DistmergeError, RecipeError
 from distmerge.expressions.recipe import Recipe, load_recipe
 from distmerge.expressions.recipe_mistakes import explained
 from distmerge.expressions.recipe_text import Document, Given, override, read_documents
+from distmerge.sweeps.evaluation import EVALUATION_KEYS, Judging
 from distmerge.sweeps.names import names_of
 from distmerge.sweeps.space import HIDDEN, SPACE_KEYS, Settings, Space
 
@@ -39,8 +40,12 @@ EXAMPLES = {
     "over": "over: {parameters.density: {min: 0.1, max: 0.9}, merge_method: [ties, dare_ties]}",
     "how": "how: sobol, or how: random",
     "exclude": "exclude: [{parameters.density: 0.2, parameters.weight: {max: 0.5}}]",
+    "evaluate": "evaluate: judging.py:score, or evaluate: {perplexity: heldout.txt}",
+    "keep": "keep: best 3 by score",
 }
 """What a key of the space looks like where it is right."""
+_OWN_KEYS = (*SPACE_KEYS, *EVALUATION_KEYS)
+Part = TypeVar("Part", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class Sweep:
 
     candidates: tuple[Candidate, ...]
     warnings: tuple[str, ...] = ()
+    judging: Judging = field(default_factory=Judging)
 
 
 def load_sweep(
@@ -67,17 +73,19 @@ def load_sweep(
     overrides: Sequence[str] = (),
     storage_options: StorageOptions | None = None,
     strict: bool = False,
+    judging: Mapping[str, Any] | None = None,
 ) -> Sweep:
     """Read and validate a sweep and the recipes of all its candidates; no model is looked at.
 
     Arguments as for `load_recipe`; overrides change the recipe before the candidates do.
+    judging: `evaluate` and `keep` that replace the file's.
 
     Raises
         RecipeError: no space, an empty one, a malformed one; a path that leads nowhere; a setting
             without effect on its candidate.
         UnknownMethod, ParameterError: with the candidate's name.
     """
-    space, documents = read_sweep(source)
+    space, judged, documents = read_sweep(source, judging or {})
     documents = override(documents, overrides)
     settings = space.candidates()
     candidates = []
@@ -91,11 +99,12 @@ def load_sweep(
             *warnings,
             fix="correct them, or leave --strict out",
         )
-    return Sweep(tuple(candidates), warnings)
+    return Sweep(tuple(candidates), warnings, judged)
 
 
-def read_sweep(source: Given) -> tuple[Space, list[Document]]:
-    """The space, and the recipe's documents without its keys. Raises RecipeError."""
+def read_sweep(source: Given, judging: Mapping[str, Any]) -> tuple[Space, Judging, list[Document]]:
+    """The space, how its candidates are judged, and the recipe's documents without these keys.
+    Raises RecipeError."""
     documents = read_documents(source)
     holding = [d for d in documents if any(key in d.data for key in SPACE_KEYS)]
     if len(holding) != 1:
@@ -107,12 +116,13 @@ def read_sweep(source: Given) -> tuple[Space, list[Document]]:
                 fix=f"keep {', '.join(SPACE_KEYS)} together in one document",
             )
         )
-    space = _space(holding[0])
+    space = _read(Space, SPACE_KEYS, holding[0], {})
+    judged = _read(Judging, EVALUATION_KEYS, holding[0], judging)
     plain = [_without_space(document) for document in documents]
     named = plain[documents.index(holding[0])]
     if "recipe" not in named.data:
-        return space, plain
-    return space, _referred(named, source)
+        return space, judged, plain
+    return space, judged, _referred(named, source)
 
 
 def setting_text(path: str, value: Any) -> str:
@@ -142,16 +152,18 @@ def of_candidate(error: DistmergeError, name: str) -> DistmergeError:
     return type(error)(error.headline, *error.facts, f"in the candidate {name}", fix=error.fix)
 
 
-def _space(document: Document) -> Space:
-    given = {key: value for key, value in document.data.items() if key in SPACE_KEYS}
+def _read(
+    kind: type[Part], keys: Sequence[str], document: Document, more: Mapping[str, Any]
+) -> Part:
+    given = {key: document.data[key] for key in keys if key in document.data} | dict(more)
     try:
-        return Space.model_validate({k: v for k, v in given.items() if v is not None})
+        return kind.model_validate({k: v for k, v in given.items() if v is not None})
     except ValidationError as error:
         raise explained(error, document, examples=EXAMPLES, hidden=HIDDEN) from None
 
 
 def _without_space(document: Document) -> Document:
-    data = {key: value for key, value in document.data.items() if key not in SPACE_KEYS}
+    data = {key: value for key, value in document.data.items() if key not in _OWN_KEYS}
     return replace(document, data=data, text=None)
 
 

@@ -18,6 +18,8 @@ from distmerge.plan.sizes import format_size, parse_size
 from distmerge.run.merge import as_request, plan_request
 from distmerge.run.options import MergeOptions
 from distmerge.sweeps.definition import Candidate, Sweep, of_candidate
+from distmerge.sweeps.evaluation import ALL, Keep
+from distmerge.sweeps.scoring import Scoring, plan_scoring
 from distmerge.write.output import open_output
 
 if TYPE_CHECKING:
@@ -35,6 +37,10 @@ class SweepPlan:
     """Candidates that are merged together, each byte of their inputs being read once."""
     memories: tuple[MemoryPlan, ...]
     """A worker's, in each pass."""
+    keep: Keep = ALL
+    """Which candidates are written."""
+    scoring: Scoring | None = None
+    """How they are scored first; without it there are no scores."""
 
     @cached_property
     def bytes_in(self) -> int:
@@ -48,7 +54,9 @@ class SweepPlan:
 
     @property
     def bytes_out(self) -> int:
-        return sum(plan.nbytes for plan in self.plans)
+        """Bytes of the candidates that are written; the most that they can be."""
+        sizes = sorted((plan.nbytes for plan in self.plans), reverse=True)
+        return sum(sizes[: self.keep.count])
 
     @property
     def projected(self) -> int:
@@ -75,6 +83,8 @@ class SweepPlan:
             "bytes_in": self.bytes_in,
             "bytes_in_apart": self.bytes_in_apart,
             "bytes_out": self.bytes_out,
+            "evaluate": None if self.scoring is None else self.scoring.to_json(),
+            "keep": str(self.keep),
             "projected_mem": self.projected,
             "allowed_mem": self.plans[0].memory.allowed,
         }
@@ -93,6 +103,7 @@ class SweepPlan:
             ("candidates", str(len(self.candidates))),
             ("passes over the inputs", str(len(self.passes))),
             ("read", f"{read} (merged one by one: {apart})"),
+            *self._judging(),
             ("written", format_size(self.bytes_out)),
             ("memory a worker", " of ".join(memory)),
         ]
@@ -100,6 +111,11 @@ class SweepPlan:
             listed("Candidates", ("candidate", "merge", "written"), rows),
             listed("Sweep", ("what", "it is"), cost),
         ]
+
+    def _judging(self) -> list[tuple[str, str]]:
+        if self.scoring is None:
+            return []
+        return [("evaluated", str(self.scoring)), ("kept", str(self.keep))]
 
 
 def plan_sweep(sweep: Sweep, settings: MergeOptions, *, out: str | None = None) -> SweepPlan:
@@ -130,7 +146,23 @@ def plan_sweep(sweep: Sweep, settings: MergeOptions, *, out: str | None = None) 
     together = _passes(plans, settings)
     members = tuple(run for run, _ in together)
     memories = tuple(memory for _, memory in together)
-    return SweepPlan(sweep.candidates, tuple(plans), members, memories)
+    judging, scoring = sweep.judging, None
+    if judging.evaluate is not None:
+        scoring = plan_scoring(judging.evaluate, plans, settings)
+    keep = judging.kept
+    return SweepPlan(sweep.candidates, tuple(plans), members, memories, keep, scoring)
+
+
+def narrowed(decided: SweepPlan, numbers: Sequence[int], settings: MergeOptions) -> SweepPlan:
+    """The plan of these candidates alone."""
+    plans = [decided.plans[i] for i in numbers]
+    together = _passes(plans, settings) if plans else ()
+    return SweepPlan(
+        tuple(decided.candidates[i] for i in numbers),
+        tuple(plans),
+        tuple(run for run, _ in together),
+        tuple(memory for _, memory in together),
+    )
 
 
 def _passes(

@@ -1,43 +1,234 @@
-"""Running a sweep: each candidate goes to OUT/NAME, and one that fails doesn't stop the others."""
+"""Running a sweep: candidates are scored, if they are to be, and those that are kept written.
+
+Each goes to OUT/NAME, and one that fails doesn't stop the others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
-from distmerge.errors import DistmergeError, SweepFailed
+from distmerge.checkpoints.location import HUB_SCHEME
+from distmerge.checkpoints.store import OutputStore
+from distmerge.errors import DistmergeError, RecipeError, SweepFailed
 from distmerge.expressions.problems import SHOWN
+from distmerge.expressions.recipe_text import Given
 from distmerge.run.events import Event, Listener, silent
 from distmerge.run.merge import merge
 from distmerge.run.options import MergeOptions
-from distmerge.sweeps.definition import Candidate, Sweep
-from distmerge.sweeps.plan import plan_sweep
+from distmerge.sweeps.definition import Candidate, Sweep, load_sweep
+from distmerge.sweeps.plan import SweepPlan, narrowed, plan_sweep
+from distmerge.sweeps.results import Result, Results, ranked
+from distmerge.sweeps.scoring import Job, Scored, Scoring, score_here
 from distmerge.sweeps.together import fill
+from distmerge.write.lease import LeaseKeeper, lease
+from distmerge.write.output import open_output
+
+Told = Callable[[Sequence[Result]], None]
+
+
+def sweep(
+    definition: Given,
+    out: str,
+    *,
+    evaluate: Any = None,
+    keep: str | None = None,
+    listener: Listener = silent,
+    **options: Any,
+) -> list[Result]:
+    """Merge many variants of one recipe, score them, write those that are kept.
+
+    Parameters
+        definition: a recipe with `grid`, `zip`, `list`, `sample`, `combinations` or `exclude`
+            beside its keys: path, YAML text or dict.
+        out: directory or URL; a candidate is written to `out/name`, results to `out`.
+        evaluate, keep: instead of the definition's; here the evaluator may be a function, too.
+        listener: told what happens, see `distmerge.run.events`.
+        options: the fields of `MergeOptions`.
+
+    Returns
+        A result for each candidate, in the order of the space: its settings, scores, and where it
+        was written. Repeated, only what is missing is done.
+
+    Raises
+        SweepFailed: some candidates failed; the others are done, and `out/results.jsonl` has all.
+        DistmergeError: what can be known from headers, before anything is read.
+    """
+    settings = MergeOptions(**options)
+    wanted = load_sweep(
+        definition,
+        overrides=settings.overrides,
+        strict=settings.strict,
+        storage_options=settings.storage_options,
+        judging={k: v for k, v in (("evaluate", evaluate), ("keep", keep)) if v is not None},
+    )
+    return run_sweep(wanted, out, settings, listener=listener)
 
 
 def run_sweep(
-    sweep: Sweep, out: str, settings: MergeOptions, *, listener: Listener = silent
-) -> dict[str, str]:
-    """Merge every candidate and publish it below `out`; repeated, it does what is missing.
+    sweep: Sweep,
+    out: str,
+    settings: MergeOptions,
+    *,
+    listener: Listener = silent,
+    told: Told = lambda results: None,
+) -> list[Result]:
+    """Score and write a sweep's candidates below `out`; repeated, it does what is missing.
 
-    Returns the place of each candidate, by name.
+    told: given the results before failures among them are raised.
+
+    Returns the result of each candidate, in their order.
 
     Raises
-        SweepFailed: some could not be merged; the others are written.
+        SweepFailed: some failed; the others are done.
         DistmergeError: as `plan_sweep`, before anything is written.
     """
     decided = plan_sweep(sweep, settings, out=out)
+    plain = replace(settings, overrides=(), strict=False)
+    if decided.scoring is None:
+        results = [_fresh(candidate) for candidate in decided.candidates]
+        return _written(decided, range(len(results)), results, out, plain, listener, told)
+    if out.startswith(HUB_SCHEME):
+        raise RecipeError(
+            "A sweep that is evaluated can't go to the Hub.",
+            fix="write to a directory, and upload the best with 'distmerge merge'",
+        )
+    output = open_output(out, decided.plans[0].request.storage_options)
+    with lease(output) as held:
+        results = _score(decided, decided.scoring, output, held, settings, listener)
+        winners = kept(decided, results)
+        chosen = narrowed(decided, winners, settings)
+        try:
+            return _written(chosen, winners, results, out, plain, listener, told)
+        finally:
+            held.check()
+            Results(output).write_table(results)
+
+
+def kept(decided: SweepPlan, results: Sequence[Result]) -> list[int]:
+    """The numbers of the candidates that are written, the best first.
+
+    Raises
+        RecipeError: none has the score that they are chosen by.
+    """
+    keep = decided.keep
+    scored = [i for i, result in enumerate(results) if result.error is None]
+    if keep.metric is None:
+        return scored[: keep.count]
+    best = ranked(results, keep.metric, lowest=keep.lowest)[: keep.count]
+    if scored and not best:
+        names = dict.fromkeys(name for result in results for name in result.scores)
+        raise RecipeError(
+            f"keep: {keep}, and no candidate has a score {keep.metric!r}.",
+            f"the evaluator returned {', '.join(names)}",
+            fix=f"keep: best {keep.count} by {next(iter(names), 'score')}",
+        )
+    return [results.index(result) for result in best]
+
+
+def _score(
+    decided: SweepPlan,
+    scoring: Scoring,
+    output: OutputStore,
+    held: LeaseKeeper,
+    settings: MergeOptions,
+    listener: Listener,
+) -> list[Result]:
+    """A result for each candidate; those that have scores already are left as they are."""
+    known, evaluator = Results(output), scoring.evaluator
+    found: dict[int, Result] = {}
+    jobs = []
+    for i, (candidate, plan) in enumerate(zip(decided.candidates, decided.plans, strict=True)):
+        earlier = known.find(candidate.name, plan.digest, evaluator.digest)
+        if earlier is not None:
+            found[i] = replace(earlier, settings=candidate.settings, place=None)
+        else:
+            jobs.append(Job(i, plan, evaluator, scoring.merging))
+    if found:
+        text = f"{len(found)} of {len(decided.candidates)} candidates have their scores already"
+        listener(Event("notice", {"text": text}))
+    for scored in _scored(jobs, scoring, settings):
+        plan = decided.plans[scored.number]
+        result = replace(
+            _fresh(decided.candidates[scored.number]),
+            scores=scored.scores,
+            error=scored.error,
+            seconds=scored.seconds,
+            digest=plan.digest,
+            evaluator=evaluator.digest,
+        )
+        held.check()
+        known.add(result)
+        found[scored.number] = result
+        listener(Event("score", {**_summary(result), "done": len(found)}))
+    return [found[i] for i in range(len(decided.candidates))]
+
+
+def _scored(jobs: Sequence[Job], scoring: Scoring, settings: MergeOptions) -> Iterator[Scored]:
+    if settings.engine == "local":
+        return score_here(jobs, scoring.at_once)
+    from distmerge.sweeps.ray_scoring import score_on_cluster
+
+    return score_on_cluster(jobs, scoring.at_once, settings)
+
+
+def _summary(result: Result) -> dict[str, Any]:
+    return {
+        "candidate": result.name,
+        "scores": dict(result.scores),
+        "error": result.error,
+        "seconds": result.seconds,
+    }
+
+
+def _fresh(candidate: Candidate) -> Result:
+    return Result(candidate.name, candidate.settings)
+
+
+def _written(
+    decided: SweepPlan,
+    numbers: Sequence[int],
+    results: list[Result],
+    out: str,
+    settings: MergeOptions,
+    listener: Listener,
+    told: Told,
+) -> list[Result]:
+    """Write these candidates, in `results` under these numbers, and say where they are.
+
+    Raises
+        SweepFailed: some, of all candidates, failed.
+    """
+    failed = _write(decided, out, settings, listener)
+    for number, candidate in zip(numbers, decided.candidates, strict=True):
+        error = failed.get(candidate.name)
+        results[number] = replace(
+            results[number],
+            place=place_of(out, candidate) if error is None else None,
+            error=None if error is None else error.headline,
+        )
+    told(results)
+    unscored = {r.name: RecipeError(r.error) for r in results if r.error and r.name not in failed}
+    if failed or unscored:
+        raise sweep_failed({**unscored, **failed}, len(results))
+    return results
+
+
+def _write(
+    decided: SweepPlan, out: str, settings: MergeOptions, listener: Listener
+) -> dict[str, DistmergeError]:
+    """Merge and publish every candidate of the plan; the errors of those that failed."""
     places = {candidate.name: place_of(out, candidate) for candidate in decided.candidates}
     failed: dict[str, DistmergeError] = {}
-    plain = replace(settings, overrides=(), strict=False)
-    options = vars(plain)
+    options = vars(settings)
     for number, members in enumerate(decided.passes):
         if len(members) > 1:
             text = f"pass {number + 1} of {len(decided.passes)}, {len(members)} candidates"
             listener(Event("notice", {"text": text}))
             plans = [decided.plans[i] for i in members]
             to = [places[decided.candidates[i].name] for i in members]
-            fill(plans, to, decided.memories[number], plain, listener)
+            fill(plans, to, decided.memories[number], settings, listener)
         for i in members:
             name = decided.candidates[i].name
             listener(Event("notice", {"text": f"candidate {name}"}))
@@ -46,9 +237,7 @@ def run_sweep(
             except DistmergeError as error:
                 failed[name] = error
                 listener(Event("notice", {"text": f"{name} failed: {error.headline}"}))
-    if failed:
-        raise sweep_failed(failed, decided.candidates)
-    return places
+    return failed
 
 
 def place_of(out: str, candidate: Candidate) -> str:
@@ -56,15 +245,13 @@ def place_of(out: str, candidate: Candidate) -> str:
     return f"{out.rstrip('/')}/{candidate.name}"
 
 
-def sweep_failed(
-    failed: Mapping[str, DistmergeError], candidates: Sequence[Candidate]
-) -> SweepFailed:
-    """What is raised once all others are written."""
+def sweep_failed(failed: Mapping[str, DistmergeError], total: int) -> SweepFailed:
+    """What is raised once all others are done."""
     facts = [f"{name}: {error.headline}" for name, error in list(failed.items())[:SHOWN]]
     facts += [f"and {len(failed) - SHOWN} more"] if len(failed) > SHOWN else []
     error = next(iter(failed.values()))
     return SweepFailed(
-        f"{len(failed)} of {len(candidates)} candidates failed; the others are written.",
+        f"{len(failed)} of {total} candidates failed; the others are done.",
         *facts,
         *error.facts,
         fix=error.fix or "the same command tries them again",

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from distmerge.demo.perplexity import PerplexityRow, log_perplexity, merge_margin
+from distmerge.demo.perplexity import PerplexityRow, merge_margin
 from distmerge.errors import ParameterError
+from distmerge.huggingface.perplexity import log_perplexity
 
 
 @pytest.fixture(scope="module")

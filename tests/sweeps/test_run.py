@@ -19,6 +19,10 @@ from distmerge.sweeps.run import run_sweep
 OPTIONS = MergeOptions(workers=2, max_shard_size="3KB")
 
 
+def places_of(sweep, out, options):
+    return {one.name: one.place for one in run_sweep(sweep, str(out), options)}
+
+
 @pytest.fixture
 def models(tmp_path):
     return [save_model(m, tmp_path / name) for m, name in zip(small_models(4), "xabc", strict=True)]
@@ -34,7 +38,7 @@ def test_outputs_are_those_of_single_merges(models, tmp_path):
     grid = {"parameters.density": [0.2, 0.7], "merge_method": ["ties", "dare_ties"]}
     wanted = recipe(models, grid=grid, list=[{"seed": 1}])
     sweep = load_sweep(wanted)
-    places = run_sweep(sweep, str(tmp_path / "out"), OPTIONS)
+    places = places_of(sweep, tmp_path / "out", OPTIONS)
     assert len(places) == 4
     for candidate in sweep.candidates:
         single = tmp_path / "single" / candidate.name

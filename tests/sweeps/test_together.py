@@ -15,6 +15,10 @@ from distmerge.sweeps.plan import plan_sweep
 from distmerge.sweeps.run import run_sweep
 
 
+def places_of(sweep, out, options):
+    return {one.name: one.place for one in run_sweep(sweep, str(out), options)}
+
+
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
     return make_family(tmp_path_factory.mktemp("family"))
@@ -69,7 +73,7 @@ def test_a_pass_gives_the_bytes_of_single_merges(family, tmp_path, memory, reads
     options = {"workers": 2, "max_shard_size": "9MB", "allowed_mem": memory}
     decided = plan_sweep(sweep, MergeOptions(**options))
     reads.clear()
-    places = run_sweep(sweep, str(tmp_path / "out"), MergeOptions(**options))
+    places = places_of(sweep, tmp_path / "out", MergeOptions(**options))
     taken = sum(reads)
     for candidate, plan in zip(decided.candidates, decided.plans, strict=True):
         single = tmp_path / "single" / candidate.name
@@ -123,12 +127,12 @@ def test_a_sweep_that_was_stopped_goes_on_shard_by_shard(family, tmp_path, reads
     decided = plan_sweep(sweep, options)
     done = decided.plans[0].units[0].bytes_in
     reads.clear()
-    places = run_sweep(sweep, str(tmp_path / "out"), options)
+    places = places_of(sweep, tmp_path / "out", options)
     assert sum(reads) <= (decided.bytes_in - done) * 1.05
     for candidate, plan in zip(decided.candidates, decided.plans, strict=True):
         single = tmp_path / "single" / candidate.name
         distmerge.merge(plan.request, str(single), workers=2, max_shard_size="9MB")
         assert weight_bytes(single) == weight_bytes(places[candidate.name])
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.safetensors")}
-    assert run_sweep(sweep, str(tmp_path / "out"), options) == places
+    assert places_of(sweep, tmp_path / "out", options) == places
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.safetensors")}

@@ -1,0 +1,108 @@
+"""Running a sweep's evaluator on its candidates, several at a time, in this process.
+
+A candidate whose evaluator raises, or returns no finite number, gets an error instead of scores,
+and the others go on. On a cluster `ray_scoring.py` does the same on its nodes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+from distmerge.plan.plan import Plan
+from distmerge.plan.sizes import parse_size
+from distmerge.run.options import MergeOptions
+from distmerge.sweeps.candidates import materialised, merging_bytes
+from distmerge.sweeps.evaluation import Evaluate, Evaluator, load_evaluator
+from distmerge.sweeps.results import checked_scores
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a sweep's candidates will be scored."""
+
+    evaluator: Evaluator
+    at_once: int
+    """Candidates."""
+    merging: int
+    """Bytes that merging one into memory may use, in each process."""
+
+    def __str__(self) -> str:
+        together = f", {self.at_once} at once" if self.at_once > 1 else ""
+        return f"{self.evaluator.name}, given a {self.evaluator.given}{together}"
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs."""
+        evaluator = self.evaluator
+        return {"function": evaluator.name, "given": evaluator.given, "at_once": self.at_once}
+
+
+def plan_scoring(wanted: Evaluate, plans: Sequence[Plan], settings: MergeOptions) -> Scoring:
+    """Load the evaluator, and see that candidates fit into memory.
+
+    Raises
+        RecipeError, UnknownMethod: the evaluator can't be used.
+        MemoryBudgetError: fewer bytes are allowed than the candidates take.
+    """
+    evaluator = load_evaluator(wanted)
+    here = settings.engine == "local"
+    at_once = wanted.at_once or (1 if here else settings.processes)
+    allowed = parse_size(settings.allowed_mem)
+    each = at_once if here else 1  # on a cluster every candidate has a process
+    merging = merging_bytes(plans, evaluator.given, each, allowed)
+    return Scoring(evaluator, at_once, merging)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One candidate to be scored, as it can be sent to another process."""
+
+    number: int
+    plan: Plan
+    evaluator: Evaluator
+    merging: int
+    """Bytes that merging it into memory may use."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What came of a job."""
+
+    number: int
+    scores: dict[str, float]
+    error: str | None
+    seconds: float
+
+
+def score(job: Job) -> Scored:
+    """Evaluate one candidate. Never raises for what the candidate or the evaluator do wrong."""
+    began = time.monotonic()
+    scores: dict[str, float] = {}
+    error = None
+    try:
+        with materialised(job.plan, job.evaluator.given, job.merging) as candidate:
+            scores = checked_scores(job.evaluator.function(candidate))
+    except Exception as raised:
+        error = told(raised)
+    return Scored(job.number, scores, error, round(time.monotonic() - began, 3))
+
+
+def told(error: Exception) -> str:
+    """An exception in one line."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def score_here(jobs: Sequence[Job], at_once: int) -> Iterator[Scored]:
+    """In this process's threads, as they finish; stopped, it waits for those that run."""
+    left = list(jobs)
+    running: set[Future[Scored]] = set()
+    with ThreadPoolExecutor(at_once, "distmerge-evaluate") as pool:
+        while left or running:
+            while left and len(running) < at_once:
+                running.add(pool.submit(score, left.pop(0)))
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done)
