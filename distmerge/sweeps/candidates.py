@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from distmerge.plan.plan import Plan
 from distmerge.plan.sizes import format_size
 from distmerge.run.collect import collect
 from distmerge.run.finish import other_files
+from distmerge.sweeps.distances import distances
 from distmerge.sweeps.evaluation import Given
 from distmerge.write.local_output import LocalOutput
 
@@ -70,13 +71,19 @@ class CandidateStateDict(LazyStateDict):
 
 
 @contextmanager
-def materialised(plan: Plan, given: Given, merging: int) -> Iterator[Any]:
-    """The candidate of a plan as an evaluator is given it.
+def materialised(
+    plan: Plan, given: Given, merging: int, *, comparing: bool = False
+) -> Iterator[tuple[Any, dict[str, float]]]:
+    """The candidate of a plan as an evaluator is given it, and its distances from its parents if
+    it is compared with them.
 
     merging: bytes that the merge itself may use.
     """
     if given == "state_dict":
-        yield CandidateStateDict(plan.request, merging)
+        lazy = CandidateStateDict(plan.request, merging)
+        with _ONE_BY_ONE:
+            far = distances(plan, lazy.collect, merging) if comparing else {}
+        yield lazy, far
         return
     with tempfile.TemporaryDirectory(prefix="distmerge-") as place:
         with _ONE_BY_ONE:
@@ -84,33 +91,39 @@ def materialised(plan: Plan, given: Given, merging: int) -> Iterator[Any]:
             files, _ = other_files(plan, output)
             for path, data in files.items():
                 output.write_bytes(path, data)
-            model = model_from(Path(place), _tensors(plan, merging))
+            tensors = collect(plan.request, allowed_mem=merging)
+
+            def some(keys: list[str]) -> dict[str, Tensor]:
+                return {key: tensors[key] for key in keys}
+
+            far = distances(plan, some, merging) if comparing else {}
+            model = model_from(Path(place), tensors)
             made = model if given == "model" else pipeline_from(Path(place), model)
+            tensors.clear()
         del model
-        yield made
+        yield made, far
 
 
-def _tensors(plan: Plan, merging: int) -> Mapping[str, Tensor]:
-    return collect(plan.request, allowed_mem=merging)
-
-
-def merging_bytes(plans: Sequence[Plan], given: Given, at_once: int, allowed: int) -> int:
-    """What the merge into memory may use, where so many candidates are in memory at a time.
+def merging_bytes(
+    plans: Sequence[Plan], given: Given, at_once: int, allowed: int, beside: int = 0
+) -> int:
+    """What the merge into memory may use, where so many candidates are in memory at a time, and so
+    many bytes beside them.
 
     Raises
         MemoryBudgetError: it is less than the merge needs.
         RecipeError: a candidate is written in 8 bits, which models aren't evaluated in.
     """
     if given == "state_dict":
-        return allowed
+        return allowed - beside
     if any(CODES in plan.dtypes.values() for plan in plans):
         raise RecipeError(
             f"8-bit candidates can't be evaluated as a {given}.",
             fix="out_dtype: bfloat16, or evaluate: {..., given: state_dict}",
         )
     largest = max(plan.nbytes for plan in plans)
-    held = held_bytes(largest, at_once)
-    least = max(_least(plan) for plan in plans)
+    held = held_bytes(largest, at_once) + beside
+    least = least_merging(plans)
     if held + least > allowed:
         told = f"{at_once:,} candidates" if at_once > 1 else "a candidate"
         raise MemoryBudgetError(
@@ -129,8 +142,11 @@ def held_bytes(nbytes: int, at_once: int) -> int:
     return (at_once + 1) * nbytes
 
 
-def _least(plan: Plan) -> int:
-    """What the merge of a candidate needs in a process that holds other candidates."""
-    memory = plan.memory
-    fixed = memory.projected - memory.arena + memory.least - memory.reserved - memory.sending
+def least_merging(plans: Sequence[Plan]) -> int:
+    """What merging a candidate needs in a process that holds other candidates."""
+    fixed = 0
+    for plan in plans:
+        memory = plan.memory
+        own = memory.projected - memory.arena + memory.least - memory.reserved - memory.sending
+        fixed = max(fixed, own)
     return fixed + BARE_LIMIT

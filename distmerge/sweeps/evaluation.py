@@ -42,6 +42,8 @@ class Evaluate(BaseModel):
     """What the function gets. None goes by the name of its first parameter."""
     at_once: int | None = Field(None, ge=1)
     """Candidates that are evaluated at the same time; None is one, or on Ray one a worker."""
+    distances: bool = True
+    """Are candidates compared with their parents, for the report? That reads the inputs again."""
     context: int | None = Field(None, ge=2)
     """Tokens of a window, for perplexity; None is the model's own limit, at most 1024."""
     stride: int | None = Field(None, ge=1)

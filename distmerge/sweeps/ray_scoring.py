@@ -40,7 +40,7 @@ def score_on_cluster(jobs: Sequence[Job], at_once: int, settings: MergeOptions) 
             try:
                 yield cloudpickle.loads(ray.get(finished))
             except ray.exceptions.RayError as error:
-                yield Scored(job.number, {}, told(error), 0.0)
+                yield Scored(job.number, error=told(error))
     finally:
         for reference in running:
             ray.cancel(reference, force=True)

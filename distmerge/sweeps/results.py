@@ -18,7 +18,7 @@ from distmerge.checkpoints.store import OutputStore
 from distmerge.errors import OutputError
 from distmerge.sweeps.evaluation import Keep, is_better_low
 
-LINES, TABLE = "results.jsonl", "results.csv"
+LINES, TABLE, REPORT = "results.jsonl", "results.csv", "report.html"
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Result:
     """Path -> value, as the sweep sets them."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """What its evaluator returned; a lone number is called `score`."""
+    distances: Mapping[str, float] = field(default_factory=dict)
+    """Parent -> ||candidate - parent|| / ||parent||."""
     place: str | None = None
     """The directory or URL that it was written to; None if it wasn't."""
     error: str | None = None
@@ -67,22 +69,23 @@ class Results:
         lines = [_line(one) for one in self._known.values()]
         self._output.write_bytes(LINES, "".join(lines).encode())
 
-    def write_table(self, results: Sequence[Result]) -> None:
-        """`results.csv`: a row for each of these candidates."""
-        self._output.write_bytes(TABLE, as_csv(results).encode())
-
 
 def as_csv(results: Sequence[Result]) -> str:
     """A column for each setting, score, and for what became of the candidate."""
     settings = list(dict.fromkeys(path for one in results for path in one.settings))
     scores = list(dict.fromkeys(name for one in results for name in one.scores))
+    parents = list(dict.fromkeys(name for one in results for name in one.distances))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["candidate", *settings, *scores, "seconds", "written", "error"])
+    parents_columns = [f"distance from {name}" for name in parents]
+    writer.writerow(
+        ["candidate", *settings, *scores, *parents_columns, "seconds", "written", "error"]
+    )
     for one in results:
         given = [_cell(one.settings[path]) if path in one.settings else "" for path in settings]
         got = [one.scores.get(name, "") for name in scores]
-        writer.writerow([one.name, *given, *got, one.seconds, one.place, one.error])
+        far = [one.distances.get(name, "") for name in parents]
+        writer.writerow([one.name, *given, *got, *far, one.seconds, one.place, one.error])
     return text.getvalue()
 
 
@@ -92,14 +95,22 @@ def ranked(results: Iterable[Result], metric: str, *, lowest: bool) -> list[Resu
     return sorted(scored, key=lambda one: one.scores[metric] * (1 if lowest else -1))
 
 
+def leading(results: Sequence[Result], keep: Keep) -> tuple[str, bool]:
+    """The score that candidates are ranked by, and whether low ones are good: what `keep` goes by,
+    else the first."""
+    names = list(dict.fromkeys(name for one in results for name in one.scores))
+    if keep.metric in names and keep.metric is not None:
+        return keep.metric, keep.lowest
+    return names[0], is_better_low(names[0])
+
+
 def leaderboard(results: Sequence[Result], keep: Keep) -> tuple[list[str], list[list[str]]]:
     """Columns, and a row for each candidate, the best first, those that failed last."""
     names = list(dict.fromkeys(name for one in results for name in one.scores))
     failed = [one for one in results if one.error is not None]
     if not names:
         return [], []
-    metric = keep.metric if keep.metric in names else names[0]
-    lowest = keep.lowest if keep.metric in names else is_better_low(names[0])
+    metric, lowest = leading(results, keep)
     columns = [" #", "candidate", *(f"{name} #" for name in names), "written to"]
     rows = []
     for rank, one in enumerate(ranked(results, metric, lowest=lowest), 1):

@@ -19,7 +19,8 @@ from distmerge.run.merge import merge
 from distmerge.run.options import MergeOptions
 from distmerge.sweeps.definition import Candidate, Sweep, load_sweep
 from distmerge.sweeps.plan import SweepPlan, narrowed, plan_sweep
-from distmerge.sweeps.results import Result, Results, ranked
+from distmerge.sweeps.report import as_html
+from distmerge.sweeps.results import REPORT, TABLE, Result, Results, as_csv, ranked
 from distmerge.sweeps.scoring import Job, Scored, Scoring, score_here
 from distmerge.sweeps.together import fill
 from distmerge.write.lease import LeaseKeeper, lease
@@ -103,7 +104,9 @@ def run_sweep(
             return _written(chosen, winners, results, out, plain, listener, told)
         finally:
             held.check()
-            Results(output).write_table(results)
+            output.write_bytes(TABLE, as_csv(results).encode())
+            if any(result.scores for result in results):
+                output.write_bytes(REPORT, as_html(results, decided.keep).encode())
 
 
 def kept(decided: SweepPlan, results: Sequence[Result]) -> list[int]:
@@ -144,7 +147,7 @@ def _score(
         if earlier is not None:
             found[i] = replace(earlier, settings=candidate.settings, place=None)
         else:
-            jobs.append(Job(i, plan, evaluator, scoring.merging))
+            jobs.append(Job(i, plan, evaluator, scoring.merging, scoring.comparing))
     if found:
         text = f"{len(found)} of {len(decided.candidates)} candidates have their scores already"
         listener(Event("notice", {"text": text}))
@@ -153,6 +156,7 @@ def _score(
         result = replace(
             _fresh(decided.candidates[scored.number]),
             scores=scored.scores,
+            distances=scored.distances,
             error=scored.error,
             seconds=scored.seconds,
             digest=plan.digest,

@@ -9,13 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distmerge.plan.plan import Plan
 from distmerge.plan.sizes import parse_size
 from distmerge.run.options import MergeOptions
-from distmerge.sweeps.candidates import materialised, merging_bytes
+from distmerge.sweeps.candidates import least_merging, materialised, merging_bytes
+from distmerge.sweeps.distances import comparing_bytes
 from distmerge.sweeps.evaluation import Evaluate, Evaluator, load_evaluator
 from distmerge.sweeps.results import checked_scores
 
@@ -29,10 +30,13 @@ class Scoring:
     """Candidates."""
     merging: int
     """Bytes that merging one into memory may use, in each process."""
+    comparing: bool
+    """Are candidates compared with their parents?"""
 
     def __str__(self) -> str:
         together = f", {self.at_once} at once" if self.at_once > 1 else ""
-        return f"{self.evaluator.name}, given a {self.evaluator.given}{together}"
+        alone = "" if self.comparing else ", not compared with its parents"
+        return f"{self.evaluator.name}, given a {self.evaluator.given}{together}{alone}"
 
     def to_json(self) -> dict[str, Any]:
         """For programs."""
@@ -52,8 +56,14 @@ def plan_scoring(wanted: Evaluate, plans: Sequence[Plan], settings: MergeOptions
     at_once = wanted.at_once or (1 if here else settings.processes)
     allowed = parse_size(settings.allowed_mem)
     each = at_once if here else 1  # on a cluster every candidate has a process
-    merging = merging_bytes(plans, evaluator.given, each, allowed)
-    return Scoring(evaluator, at_once, merging)
+    comparing = wanted.distances
+    beside = max(map(comparing_bytes, plans))
+    if evaluator.given == "state_dict":  # each group is a merge of its own
+        asks = any(plan.asks_model for plan in plans)
+        comparing = comparing and not asks and allowed - beside >= least_merging(plans)
+    beside = beside if comparing else 0
+    merging = merging_bytes(plans, evaluator.given, each, allowed, beside)
+    return Scoring(evaluator, at_once, merging, comparing)
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,8 @@ class Job:
     evaluator: Evaluator
     merging: int
     """Bytes that merging it into memory may use."""
+    comparing: bool = False
+    """Is it compared with its parents?"""
 
 
 @dataclass(frozen=True)
@@ -72,22 +84,27 @@ class Scored:
     """What came of a job."""
 
     number: int
-    scores: dict[str, float]
-    error: str | None
-    seconds: float
+    scores: dict[str, float] = field(default_factory=dict)
+    distances: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+    seconds: float = 0.0
 
 
 def score(job: Job) -> Scored:
     """Evaluate one candidate. Never raises for what the candidate or the evaluator do wrong."""
     began = time.monotonic()
-    scores: dict[str, float] = {}
-    error = None
+    made = Scored(job.number)
     try:
-        with materialised(job.plan, job.evaluator.given, job.merging) as candidate:
+        given = job.evaluator.given
+        with materialised(job.plan, given, job.merging, comparing=job.comparing) as (
+            candidate,
+            far,
+        ):
             scores = checked_scores(job.evaluator.function(candidate))
+            made = Scored(job.number, scores, far)
     except Exception as raised:
-        error = told(raised)
-    return Scored(job.number, scores, error, round(time.monotonic() - began, 3))
+        made = Scored(job.number, error=told(raised))
+    return replace(made, seconds=round(time.monotonic() - began, 3))
 
 
 def told(error: Exception) -> str:
