@@ -82,6 +82,7 @@ HOMES = {
         "huggingface/tasks.py",
         "huggingface/tokenizers.py",
     },
+    "jinja2": {"expressions/chat_templates.py"},
     "rich": {"cli/tables.py", "demo/walkthrough.py", "plan/describe.py", "run/progress.py"},
     "typer": {"cli/"},
     "numba": {"methods/kernels.py", "methods/random_kernels.py"},

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -26,6 +27,7 @@ from pydantic import (
 from distmerge.checkpoints.storage_options import check_storage_options
 from distmerge.checkpoints.store import StorageOptions
 from distmerge.errors import RecipeError
+from distmerge.expressions.chat_templates import check_template
 from distmerge.expressions.dtypes import parse_dtype
 from distmerge.expressions.model_ref import ModelRef
 from distmerge.expressions.nodes import OnMissing, OnShapeMismatch, OnUnequal
@@ -89,6 +91,7 @@ class Recipe(BaseModel):
     config_from: ModelRef | None = None
     tokenizer: TokenizerSection | None = None
     tokenizer_source: ModelRef | None = None
+    chat_template: Annotated[str | None, AfterValidator(lambda t: t and check_template(t))] = None
     on_missing: OnMissing = "error"
     on_unequal: OnUnequal = "error"
     on_shape_mismatch: OnShapeMismatch = "error"

@@ -18,6 +18,7 @@ from distmerge.expressions.lazy import LazyStateDict
 from distmerge.expressions.model_ref import ModelRef
 from distmerge.expressions.nodes import Expression, Leaf, leaves, name_of
 from distmerge.expressions.recipe import Recipe
+from distmerge.expressions.recipe_chat import in_one_template
 from distmerge.expressions.recipe_formula_build import build_formula, unknown_model
 from distmerge.expressions.recipe_roles import Roles, assign_roles
 from distmerge.expressions.recipe_slices import build_parts
@@ -25,6 +26,8 @@ from distmerge.expressions.recipe_vocabulary import InOneVocabulary, in_one_voca
 from distmerge.expressions.request import MergeRequest
 
 _MODELS_AT_ONCE = 8
+_WRITTEN = ("dtype", "out_dtype", "config_from", "tokenizer", "tokenizer_source", "chat_template")
+"""Keys that say how a merge is written, not what it is."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,7 @@ class Settled:
 
 def _only_for_files(name: str, nested: Recipe) -> list[str]:
     """Keys of a nested recipe that say how it is written."""
-    written = ("dtype", "out_dtype", "config_from", "tokenizer", "tokenizer_source")
-    keys = [key for key in written if nested.document.data.get(key)]
+    keys = [key for key in _WRITTEN if nested.document.data.get(key)]
     if not keys:
         return []
     where = nested.document.where((keys[0],))
@@ -132,18 +134,30 @@ def _request(
         if donor not in used:  # then the first model's spelling of keys is the output's
             assert isinstance(used[0], Leaf)
             root = _expression(settled, opened, used[0])
-    config_from = recipe.config_from
+    named = recipe.config_from
+    config_from = _leaf(settled, named, opened) if named else None
+    tokenizer, told = asked.tokenizer if asked else None, asked.warnings if asked else ()
+    if recipe.chat_template:
+        tokenizer, more = in_one_template(
+            recipe.chat_template,
+            recipe.document.where(("chat_template",)),
+            tokenizer,
+            merged=[opened[at] for at in dict.fromkeys(ref.location for ref in settled.merged())],
+            donor=config_from or donor,
+            options=storage_options,
+        )
+        told = (*told, *more)
     return MergeRequest(
         root,
         donor=donor,
-        config_from=_leaf(settled, config_from, opened) if config_from else None,
+        config_from=config_from,
         out_dtype=recipe.out_dtype or recipe.dtype,
         seed=recipe.seed,
         on_unequal=recipe.on_unequal,
         on_shape_mismatch=recipe.on_shape_mismatch,
-        tokenizer=asked.tokenizer if asked else None,
+        tokenizer=tokenizer,
         recipe_text=recipe.text,
-        warnings=(*settled.warnings(), *(asked.warnings if asked else ())),
+        warnings=(*settled.warnings(), *told),
         storage_options=storage_options,
     )
 

@@ -35,6 +35,7 @@ EXAMPLES = {
     "on_shape_mismatch": "on_shape_mismatch: error, base or skip",
     "tokenizer": "tokenizer: {source: union}",
     "tokenizer_source": "tokenizer_source: union, base or org/name",
+    "chat_template": "chat_template: auto, chatml, or a template in Jinja",
     "tokens": "tokens: {'<|im_start|>': {source: org/name}}",
     "pad_to_multiple_of": "pad_to_multiple_of: 64",
     "passthrough": "passthrough: [lm_head]",

@@ -10,11 +10,11 @@ def _words(text: str) -> frozenset[str]:
 TOP_KEYS = _words("""
     merge_method base_model models slices modules parameters dtype out_dtype seed over
     config_from storage_options on_missing on_unequal on_shape_mismatch passthrough name merge
-    tokenizer tokenizer_source
+    tokenizer tokenizer_source chat_template
 """)
 FORMULA_KEYS = _words("""
     merge models dtype out_dtype seed config_from storage_options on_missing on_unequal
-    on_shape_mismatch name tokenizer tokenizer_source
+    on_shape_mismatch name tokenizer tokenizer_source chat_template
 """)
 """Keys of a recipe that says `merge:`."""
 NOT_WITH_FORMULAS = {
@@ -34,7 +34,7 @@ REFERENCE_KEYS = frozenset({"path", "revision", "model", "lora"})
 CHOICE_KEYS = frozenset({"filter", "value"})
 
 SOON_TOP = _words("""
-    chat_template rename
+    rename
 """)
 SOON_MODEL = frozenset({"rename"})
 NEEDLESS = frozenset({"override_architecture"})

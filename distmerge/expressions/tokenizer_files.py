@@ -6,9 +6,12 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+TEMPLATES = "additional_chat_templates/"
+"""Where others by name lie."""
 NAMES = (
     "tokenizer.json",
-    "tokenizer_config.json",
+    CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -18,7 +21,7 @@ NAMES = (
     "spiece.model",
     "sentencepiece.bpe.model",
     "source.spm",
-    "chat_template.jinja",
+    TEMPLATE,
     "chat_template.json",
     "tekken.json",
 )
@@ -30,11 +33,13 @@ class TokenizerFiles:
     """What the output has instead of the donor's tokenizer."""
 
     files: Mapping[str, bytes] = field(repr=False)
+    dropped: frozenset[str] = frozenset(NAMES)
+    """The donor's files that don't fit it."""
 
     @property
     def replaced(self) -> frozenset[str]:
         """The donor's files that don't come along."""
-        return frozenset([*NAMES, *self.files])
+        return self.dropped.union(self.files)
 
     @property
     def digest(self) -> str:

@@ -126,7 +126,7 @@ def tokenizer_of(leaf: Leaf, options: StorageOptions) -> Tokens:
     """
     from distmerge.huggingface.tokenizers import read_tokenizer  # a door upward
 
-    files = _read(leaf, [*NAMES, "config.json"], options)
+    files = read_files(leaf, [*NAMES, "config.json"], options)
     if not files.keys() - {"config.json"}:
         raise RecipeError(
             f"{leaf} has no tokenizer.", fix="leave 'tokenizer:' out, or copy one to the model"
@@ -134,8 +134,8 @@ def tokenizer_of(leaf: Leaf, options: StorageOptions) -> Tokens:
     return read_tokenizer(str(leaf), files)
 
 
-def _read(leaf: Leaf, names: Sequence[str], options: StorageOptions) -> dict[str, bytes]:
-    """Those of the files that the model has."""
+def read_files(leaf: Leaf, names: Sequence[str], options: StorageOptions) -> dict[str, bytes]:
+    """Those of the files that the model has, by name."""
     checkpoint = leaf.checkpoint
     found = [checkpoint.files[name] for name in names if name in checkpoint.files]
     with closing(open_store(checkpoint.root, options, revision=checkpoint.revision)) as store:
@@ -185,10 +185,10 @@ def _generation(
     donor: Leaf, own: Tokens, source: Leaf, out: Tokens, options: StorageOptions
 ) -> dict[str, bytes]:
     """The donor's generation_config.json, with the output's token ids."""
-    mine = _read(donor, [GENERATION], options)
+    mine = read_files(donor, [GENERATION], options)
     if not mine or source == donor:
         return {}
-    theirs = _read(source, [GENERATION], options)
+    theirs = read_files(source, [GENERATION], options)
     origin: Any = json.loads(theirs[GENERATION]) if theirs else source.checkpoint.config
     edited = with_token_ids(json.loads(mine[GENERATION]), own.ids, origin or {}, out.ids)
     return {GENERATION: (json.dumps(edited, indent=2) + "\n").encode()}

@@ -144,7 +144,6 @@ def test_parameters_of_mergekit_that_change_nothing_pass_in_silence(method, para
 @pytest.mark.parametrize(
     "extra",
     [
-        "chat_template: auto",
         "rename: {a: b}",
     ],
 )
