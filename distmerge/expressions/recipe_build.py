@@ -22,6 +22,7 @@ from distmerge.expressions.recipe_chat import in_one_template
 from distmerge.expressions.recipe_formula_build import build_formula, unknown_model
 from distmerge.expressions.recipe_roles import Roles, assign_roles
 from distmerge.expressions.recipe_slices import build_parts
+from distmerge.expressions.recipe_tokenizer import check_names
 from distmerge.expressions.recipe_vocabulary import InOneVocabulary, in_one_vocabulary
 from distmerge.expressions.request import MergeRequest
 
@@ -254,6 +255,10 @@ def _evaluated(settled: Settled, opened: Mapping[Location, Leaf], reference: Lea
 
 
 def _check_names(settled: Settled) -> None:
+    if (section := settled.recipe.vocabulary) is not None:
+        remote = {ref.path: ref.location.bare for ref in settled.merged()}
+        remote.update(dict.fromkeys(settled.recipe.names, False))
+        check_names(section, settled.recipe.document, remote)
     formula = settled.recipe.formula
     known = [*settled.recipe.names, *settled.nested]
     for name in formula.models() if formula else ():

@@ -28,7 +28,6 @@ from distmerge.expressions.recipe_words import (
     REFERENCE_KEYS,
     SLICE_KEYS,
     SOON_MODEL,
-    SOON_PARAMETERS,
     SOON_TOP,
     TASK_VECTOR_METHODS,
     TOP_KEYS,
@@ -53,11 +52,11 @@ def check_keys(document: Document, method: MergeMethod) -> list[Ignored]:
     Raises
         RecipeError: a key of the language that can't be honoured yet; one given by `--set`
             that has no effect.
-        ParameterError: a parameter that no method has.
+        ParameterError: one given by `--set` that no method has.
     """
     found = list(_ignored(document, method))
     for ignored in found:
-        if any(_within(given, ignored.path) for given in document.overridden):
+        if _is_set(document, ignored.path):
             raise RecipeError(ignored.text, fix=ignored.fix)
     return found
 
@@ -243,7 +242,7 @@ def _check_parameters(
             fix = "move it under the recipe's own 'parameters:'"
             reason = f"{where}: {method.name} has one {name!r} for all models; {fix}."
             yield Ignored(place, reason, fix)
-        elif not method.accepts_any and not _without_effect(method, name, value):
+        elif not method.accepts_any and not _without_effect(method, name):
             yield _unknown(document, place, method)
 
 
@@ -259,34 +258,34 @@ def _check_choices(
 
 
 def _unknown(document: Document, place: KeyPath, method: MergeMethod) -> Ignored:
-    """A parameter of other methods has no effect; one of no method is a mistake."""
+    """A parameter that the method doesn't have: another's, misspelt, or no parameter at all."""
     name, where = str(place[-1]), document.where(place)
-    if name in SOON_PARAMETERS or (method.name == "ties" and name == "rescale"):
-        raise RecipeError(
-            f"{where}: {name!r} is not supported by {method.name} yet.", fix=f"leave {name!r} out"
-        )
     if name in LANGUAGE_PARAMETERS or name in _builtin_parameters():
         fix = f"leave {name!r} out"
         text = f"{where}: {method.name} has no parameter {name!r}; it is ignored."
         return Ignored(place, text, fix)
-    if name in TOP_KEYS or name in SOON_TOP:
-        fix = "move it to the top level"
+    if name in TOP_KEYS | SOON_TOP | ELSEWHERE.keys():
+        fix = f"write it {ELSEWHERE[name]}" if name in ELSEWHERE else "move it to the top level"
         return Ignored(place, f"{where}: {name!r} is ignored here; {fix}.", fix)
     error = unknown_parameter(method, name)
-    fixed = error.fix
-    if CALL_NAMES.get(name) in method.parameters:
-        fixed = f"write '{CALL_NAMES[name]}'; {name!r} is its name in Python calls"
-        fixed += ", and density = 1 - p" if name == "p" else ""
-    raise ParameterError(error.headline, *error.facts, where, fix=fixed)
+    fix, meant = error.fix or "", CALL_NAMES.get(name)
+    if meant in method.parameters:
+        also = ", and density = 1 - p" if name == "p" else ""
+        fix = f"write {meant!r} ({name!r} is its name in Python calls{also})"
+    if _is_set(document, place):
+        raise ParameterError(error.headline, *error.facts, where, fix=fix)
+    told = f"{where}: {method.name} has no parameter {name!r}; it is ignored"
+    if fix.startswith("write"):
+        return Ignored(place, f"{told}. Did you mean {fix.removeprefix('write ')}?", fix)
+    return Ignored(place, f"{told}; {error.facts[0]}.", fix)
 
 
-def _without_effect(method: MergeMethod, name: str, value: Any) -> bool:
+def _without_effect(method: MergeMethod, name: str) -> bool:
     """Parameters that mergekit's method of this name takes and that change no result."""
     if name == "int8_mask":  # the dtype of mergekit's temporaries
         return method.name in TASK_VECTOR_METHODS
-    if method.name == "task_arithmetic":  # nothing is dropped, so nothing is rescaled
-        return name in ("density", "rescale")
-    return method.name == "ties" and name == "rescale" and value in (False, 0, None)
+    # Nothing is dropped, so nothing is rescaled.
+    return method.name == "task_arithmetic" and name in ("density", "rescale")
 
 
 def _builtin_parameters() -> frozenset[str]:
@@ -294,6 +293,6 @@ def _builtin_parameters() -> frozenset[str]:
     return frozenset(p for m in map(find_method, names) if m.builtin for p in m.parameters)
 
 
-def _within(given: KeyPath, path: KeyPath) -> bool:
-    shorter = min(len(given), len(path))
-    return given[:shorter] == path[:shorter]
+def _is_set(document: Document, path: KeyPath) -> bool:
+    """Whether it was given by `--set`."""
+    return any(given[: len(path)] == path[: len(given)] for given in document.overridden)

@@ -228,7 +228,8 @@ def _check_given(recipe: Recipe, name: str, members: Sequence[Member], value: An
             return
     elif value is not None:
         return
-    ignored = [i.text for i in recipe.ignored if i.path[-1] == name]
+    meant = f"write {name!r}"
+    ignored = [i.text for i in recipe.ignored if i.path[-1] == name or i.fix.startswith(meant)]
     whom = [f"nothing gives it for {', '.join(lacking)}"] if lacking else []
     example = 1.0 if name == "weight" else 0.5
     fix = f"parameters: {{{name}: {example}}}" + (", with each model or for all" if lacking else "")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from distmerge.errors import RecipeError
+from distmerge.errors import CheckpointNotFound, RecipeError
 from distmerge.expressions.model_ref import ModelRef
 from distmerge.expressions.recipe_text import Document
+from distmerge.expressions.recipe_words import TOP_KEYS
 from distmerge.expressions.yaml_lines import KeyPath
 
 TOKENIZER_KEYS = frozenset({"source", "tokens", "pad_to_multiple_of"})
@@ -80,6 +81,43 @@ class TokenizerSection(BaseModel):
                 yield rule.source.model
 
 
+def check_names(section: TokenizerSection, document: Document, models: Mapping[str, bool]) -> None:
+    """Refuse a name that is nearly a model's: as a name on the Hub it would be looked for there.
+
+    models: what the recipe calls its models, and whether each is on the Hub.
+
+    Raises
+        RecipeError: nothing on this machine has that name, and one of the models nearly has.
+    """
+    source: KeyPath = (
+        ("tokenizer", "source") if "tokenizer" in document.data else ("tokenizer_source",)
+    )
+    named: list[tuple[KeyPath, ModelRef | None]] = [(source, section.model)]
+    for token, rule in section.tokens.items():
+        given = rule.source.model if isinstance(rule.source, ModelToken) else rule.source
+        model = given if isinstance(given, ModelRef) else None
+        named.append((("tokenizer", "tokens", token, "source"), model))
+    here = [name for name, remote in models.items() if not remote]
+    for at, ref in named:
+        if ref is None or ref.path in models or not _may_be_misspelt(ref):
+            continue
+        near = difflib.get_close_matches(ref.path, ["union", "base", *here], 1)
+        if near:
+            raise RecipeError(
+                f"{document.where(at)}: there is no {str(ref)!r}, here or among the models.",
+                f"the recipe's models: {', '.join(models)}",
+                fix=f"did you mean {near[0]!r}? A model on the Hub is spelt hf://ORG/NAME",
+            )
+
+
+def _may_be_misspelt(ref: ModelRef) -> bool:
+    try:
+        location = ref.location
+    except CheckpointNotFound:
+        return True
+    return location.bare and "/" not in ref.path
+
+
 def one_section(
     section: TokenizerSection | None, source: ModelRef | None, document: Document
 ) -> TokenizerSection | None:
@@ -109,4 +147,5 @@ def _unknown(data: Any, path: KeyPath, known: frozenset[str]) -> Iterator[tuple[
     for key in data if isinstance(data, dict) else ():
         if key not in known:
             near = difflib.get_close_matches(str(key), sorted(known), 1)
-            yield (*path, key), f"write {near[0]!r}" if near else "leave it out"
+            fix = f"write {near[0]!r}" if near else "leave it out"
+            yield (*path, key), "move it to the top level" if key in TOP_KEYS else fix

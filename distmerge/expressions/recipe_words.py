@@ -39,7 +39,6 @@ SOON_TOP = _words("""
 SOON_MODEL = frozenset({"rename"})
 NEEDLESS = frozenset({"override_architecture"})
 """Says how mergekit should read a model; here the names in its files are enough."""
-SOON_PARAMETERS: frozenset[str] = frozenset()
 
 LANGUAGE_PARAMETERS = _words("""
     weight density normalize rescale lambda int8_mask gamma epsilon t select_topk

@@ -149,8 +149,15 @@ def _card(plan: Plan, output: OutputStore) -> tuple[str, list[str]]:
         recipe_text=plan.request.recipe_text,
         dtype=written_dtype(plan.dtypes, plan.sizes) or "as in the inputs",
         library_version=package_version(),
+        library=_library(plan.request.config_from or donor),
     )
     return card, license_warnings(parents)
+
+
+def _library(donor: Leaf | None) -> str | None:
+    """transformers, if the config is one of its own; other checkpoints have none, or another's."""
+    config = donor.checkpoint.config if donor is not None else None
+    return "transformers" if config and config.keys() & {"model_type", "architectures"} else None
 
 
 def _name(root: str) -> str:

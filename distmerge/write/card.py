@@ -101,6 +101,7 @@ def model_card(
     recipe_text: str | None,
     dtype: str,
     library_version: str,
+    library: str | None = None,
 ) -> str:
     """README.md: the Hub's metadata, then what was merged and how.
 
@@ -111,13 +112,14 @@ def model_card(
         expression: the formula; credentials are taken out of it, as out of the recipe.
         recipe_text: the recipe's YAML, where there was one.
         dtype: what was written.
+        library: what the Hub is to offer for loading it.
     """
     import yaml
 
     agreed = _agreed_license(parents)
     fields = {
         "base_model": list(dict.fromkeys(p.hub_id for p in parents if p.hub_id)),
-        "library_name": "transformers",
+        "library_name": library,
         "tags": ["merge", "distmerge"],
         "base_model_relation": "merge",
         **_license_fields(agreed),

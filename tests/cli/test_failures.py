@@ -42,7 +42,18 @@ A, B = ({"model": name, "parameters": {"weight": 1}} for name in "ab")
         ({"models": [A, {**B, "model": "fewer"}]}, [], "Models disagree on 2 keys.", "on_missing"),
         ({"models": [A, A]}, [], "a is listed twice among the models.", "list it once"),
         ({"merge_method": "tiess"}, [], "There is no merge method 'tiess'.", "'ties'?"),
-        ({"parameters": {"normalise": 1}}, [], "linear has no parameter 'normalise'.", "normalize"),
+        (
+            {"parameters": {"normalise": 1}},
+            ["--strict"],
+            "merge.yml has keys without effect.",
+            "--strict",
+        ),
+        (
+            {},
+            ["--set", "parameters.normalise=1"],
+            "linear has no parameter 'normalise'.",
+            "write 'normalize'",
+        ),
         ({**TIES, "parameters": {"density": 2}}, [], "ties: density can't be 2.", "density: "),
         ({**TIES, "base_model": None}, [], "ties needs a base_model.", "base_model: "),
         (

@@ -277,6 +277,14 @@ def test_what_makes_no_sense(models, kind, method, names, keys, headline):
     assert "s3cret" not in str(raised.value)
 
 
+def test_a_missing_parameter_that_is_misspelt_is_explained(models):
+    text = "merge_method: linear\nmodels:\n  - model: a\n    parameters: {wieght: 1}\n"
+    with pytest.raises(ParameterError, match="linear needs 'weight'") as raised:
+        load_recipe(text).request()
+    assert raised.value.facts[0] == "nothing gives it for a"
+    assert raised.value.facts[1].endswith("it is ignored. Did you mean 'weight'?")
+
+
 def test_a_missing_parameter_that_stands_in_the_wrong_place_is_explained(models):
     text = "merge_method: linear\nmodels:\n  - model: a\n    weight: 1\n"
     with pytest.raises(ParameterError, match="linear needs 'weight'") as raised:

@@ -90,6 +90,9 @@ def test_every_form_merges_and_loads_by_torch(form, tmp_path):
     distmerge.merge(recipe(models), str(tmp_path / "out"))
     assert_merged(load_file(tmp_path / "out" / "model.safetensors"))
     assert not (tmp_path / "out" / "config.json").exists()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "library_name" not in card
+    assert "base_model_relation: merge" in card
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert not left & {"optimizer.pt", "part-1.pt", "weights.bin"}
 

@@ -183,6 +183,44 @@ def test_embeddings_that_are_not_there_are_refused(models, tmp_path, fields, hea
         plan(recipe(models.places, tokenizer=fields))
 
 
+MISSPELT = {
+    "lw": ({"source": "lw"}, "there is no 'lw'", "'law'"),
+    "path": ({"source": "./lax"}, "there is no './lax'", "'./law'"),
+    "unoin": ({"source": "unoin"}, "there is no 'unoin'", "'union'"),
+    "token": ({"tokens": {"Ġthe": {"source": "cod"}}}, "there is no 'cod'", "'code'"),
+    "other token": (
+        {"tokens": {"x": {"source": {"kind": "model_token", "model": "lw", "token_id": 7}}}},
+        "there is no 'lw'",
+        "'law'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISSPELT)
+def test_a_name_that_is_nearly_a_models_is_not_looked_for_on_the_hub(models, monkeypatch, case):
+    section, headline, fix = MISSPELT[case]
+    monkeypatch.chdir(Path(models.places["law"]).parent)
+    dot = "./" if case == "path" else ""
+    text = recipe({name: dot + name for name in models.places}, tokenizer=section)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(text).request()
+    assert headline in refused.value.headline
+    assert "line 1" in refused.value.headline
+    assert f"did you mean {fix}?" in (refused.value.fix or "")
+
+
+def test_names_in_a_formula_are_offered_too(models):
+    formula = {
+        "models": {"law": models.places["law"], "prose": models.places["prose"]},
+        "merge": "0.5 * law + 0.5 * prose",
+    }
+    with pytest.raises(RecipeError, match="no 'lw', here or among the models") as refused:
+        load_recipe({**formula, "tokenizer_source": "lw"}).request()
+    assert "did you mean 'law'?" in (refused.value.fix or "")
+    assert load_recipe({**formula, "tokenizer_source": "law"}).request().tokenizer
+
+
 def test_a_model_without_a_tokenizer_is_refused(models, tmp_path):
     place = save(tmp_path / "bare", tokenizer(TEXTS["code"], 280), 9)
     for name in ("tokenizer.json", "tokenizer_config.json"):

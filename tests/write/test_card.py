@@ -40,6 +40,7 @@ def card(parents, **changes):
         "recipe_text": RECIPE,
         "dtype": "bfloat16",
         "library_version": "0.1.0",
+        "library": "transformers",
     }
     return model_card(**{**fields, **changes})
 
