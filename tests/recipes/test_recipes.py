@@ -11,17 +11,28 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from parity.families import LAYERS, TUNED, make_family, off_by
 from parity.oracle import Job, mergekit_merges
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 import distmerge
 from distmerge.errors import RecipeError
+from distmerge.expressions.chat_templates import named_template
 from distmerge.expressions.recipe import load_recipe
 from distmerge.expressions.recipe_text import read_documents
 
 RECIPES = sorted(Path(__file__).parent.glob("*.yml"))
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+ASKED = {
+    "dare_ties-weighted-base": TEMPLATE,
+    "della_linear-filters": named_template("chatml"),
+    "multislerp-strays": named_template("llama3"),
+}
+"""The chat templates of recipes that ask for one."""
 RANDOM = ("dare_ties", "della_linear")
 """Methods whose masks are drawn."""
 THEIRS = [
@@ -34,7 +45,20 @@ THEIRS = [
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory):
-    return make_family(tmp_path_factory.mktemp("family"), step=2.0**-9)
+    folder = make_family(tmp_path_factory.mktemp("family"), step=2.0**-9)
+    for name in ("base", *TUNED):
+        letters().save_pretrained(folder / name)
+    return folder
+
+
+def letters():
+    """A tokenizer of as many tokens as the models have rows."""
+    tokens = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz0123456789", " "]
+    words = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, [], unk_token="<unk>"))
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special)
+    made.chat_template = TEMPLATE
+    return made
 
 
 @pytest.fixture
@@ -80,6 +104,9 @@ def test_it_runs_and_warns_exactly_where_it_should(path, here):
     in_layers = [key for key in every if ".layers.0." in key]
     numbered = [k.replace(".0.", f".{n}.", 1) for k in in_layers for n in range(layers)]
     assert sorted(found) == sorted(own + numbered)
+    written = transformers.AutoTokenizer.from_pretrained("out")
+    assert written.chat_template == ASKED.get(path.stem, TEMPLATE)
+    assert set(letters().get_vocab()) <= set(written.get_vocab())
     assert all(tensor.dtype == dtype and tensor.isfinite().all() for tensor in found.values())
 
 
@@ -98,12 +125,14 @@ def test_strict_refuses_those_with_keys_without_effect(path, here):
 def in_float32(path: Path, family: Path) -> Job:
     """The recipe with the models' own places, in which no rounding decides anything."""
 
+    own = ("union", "base")  # of a vocabulary; by them no model is named
+
     def placed(given, key=None):
         if isinstance(given, dict):
             return {k: placed(v, k) for k, v in given.items()}
         if isinstance(given, list):
             return [placed(item) for item in given]
-        named = key in ("model", "base_model")
+        named = key in ("model", "base_model") or (key == "source" and given not in own)
         return str(family / os.path.normpath(given)) if named else given
 
     recipe = placed(yaml.safe_load(path.read_text())) | {"dtype": "float32"}
