@@ -43,12 +43,14 @@ def merge(
     ] = False,
     quiet: options.Quiet = False,
     as_json: options.AsEvents = False,
+    event_log: options.EventLog = None,
     overrides: options.Overrides = None,
     strict: options.Strict = False,
     trace: options.Trace = False,
 ) -> None:
     """Merge models as a recipe says, and write the result."""
     from distmerge.run import merge as running
+    from distmerge.run.json_lines import logged
 
     request = read_request(recipe, overrides, strict=strict)
     settings: dict[str, Any] = {
@@ -65,7 +67,10 @@ def merge(
     if dry_run:
         show_plan(running.plan(request, out, **settings), as_json=as_json)
         return
-    with watching(json=as_json, quiet=quiet, told=request.warnings) as listener:
+    with (
+        watching(json=as_json, quiet=quiet, told=request.warnings) as watcher,
+        logged(event_log, watcher) as listener,
+    ):
         running.merge(
             request,
             out,

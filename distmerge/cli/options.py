@@ -67,5 +67,9 @@ AllowNonFinite = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Only warnings and errors.")]
 AsEvents = Annotated[bool, typer.Option("--json", help="Events on stdout, one JSON object a line.")]
+EventLog = Annotated[
+    str | None,
+    typer.Option("--event-log", metavar="FILE", help="Append --json's lines to a file."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs.")]
 Trace = Annotated[bool, typer.Option("--trace", help="Show where an error was raised.")]

@@ -42,11 +42,13 @@ def sweep(
     ] = False,
     quiet: options.Quiet = False,
     as_json: options.AsEvents = False,
+    event_log: options.EventLog = None,
     overrides: options.Overrides = None,
     strict: options.Strict = False,
     trace: options.Trace = False,
 ) -> None:
     """Merge many variants of one recipe."""
+    from distmerge.run.json_lines import logged
     from distmerge.run.options import MergeOptions
     from distmerge.sweeps.definition import load_sweep
     from distmerge.sweeps.plan import plan_sweep
@@ -71,7 +73,10 @@ def sweep(
         show_plan(plan_sweep(wanted, settings, out=out), as_json=as_json)
         return
     judged = None if as_json or quiet else partial(show_results, keep=wanted.judging.kept)
-    with watching(json=as_json, quiet=quiet, told=wanted.warnings) as listener:
+    with (
+        watching(json=as_json, quiet=quiet, told=wanted.warnings) as watcher,
+        logged(event_log, watcher) as listener,
+    ):
         run_sweep(wanted, out, settings, listener=listener, told=judged or (lambda results: None))
 
 

@@ -16,8 +16,9 @@ Kind = Literal["plan", "notice", "worker", "progress", "unit", "retry", "score",
 """plan: units, bytes_in, bytes_out, tensors, resumed (units that an earlier run finished)
 notice: text
 worker: node, pid of a worker on a cluster that is ready
-progress: bytes_read, bytes_written since the last event of this kind; on a cluster node
-unit: shard, done (units so far), total
+progress: bytes_read, bytes_written since the last event of this kind; on a cluster also shard,
+    and node and pid of its worker
+unit: shard, bytes_read, bytes_written of all of it, done (units so far), total
 retry: shard, attempt, node (where the worker was lost), reason
 score: candidate, scores (name -> number), error (None, or why there are none), seconds,
     done (candidates so far)

@@ -231,7 +231,8 @@ def _run(
             done[receipt.shard] = receipt
             finished = sum(receipt is not None for receipt in done.values())
             data = {"shard": receipt.shard, "done": finished, "total": len(decided.units)}
-            listener(Event("unit", data))
+            moved = {"bytes_read": receipt.bytes_read, "bytes_written": receipt.size}
+            listener(Event("unit", data | moved))
     return [receipt for receipt in done.values() if receipt is not None]
 
 

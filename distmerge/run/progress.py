@@ -18,6 +18,7 @@ from typing import Any, Protocol, TextIO
 
 from distmerge.plan.sizes import format_size
 from distmerge.run.events import Event, Listener, silent
+from distmerge.run.json_lines import JsonWatcher, output_of_its_own
 
 INTERVAL = 5.0
 """Seconds between plain lines."""
@@ -229,22 +230,6 @@ class BarWatcher:
         self._bar.stop()
 
 
-class JsonWatcher:
-    """One JSON object a line for every event."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._lock = threading.Lock()
-
-    def __call__(self, event: Event) -> None:
-        """Write it."""
-        with self._lock:
-            print(event.json(), file=self._stream, flush=True)
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
 def sentences(event: Event, told: set[str]) -> Iterator[str]:
     """What an event says in words; notices in `told` are not repeated, new ones are added."""
     data = event.data
@@ -282,10 +267,12 @@ def watching(
     if quiet and not json:
         yield silent
         return
-    watcher: Watcher
     if json:
-        watcher = JsonWatcher(sys.stdout)
-    elif is_terminal(sys.stderr):
+        with output_of_its_own() as stream:
+            yield JsonWatcher(stream)
+        return
+    watcher: Watcher
+    if is_terminal(sys.stderr):
         watcher = BarWatcher(sys.stderr, told=told)
     else:
         watcher = LineWatcher(sys.stderr, told=told)

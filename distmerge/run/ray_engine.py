@@ -59,9 +59,10 @@ class RayEngine:
 
     def merge(self, units: Sequence[WorkUnit], known: Mapping[Place, Any]) -> Iterator[Receipt]:
         """Receipts as units finish, on whichever actor."""
-        for _, receipt, node in self._map("merge", units, known):
+        for unit, receipt, actor in self._map("merge", units, known):
             moved = {"bytes_read": receipt.bytes_read, "bytes_written": receipt.size}
-            self._listener(Event("progress", {**moved, "node": node}))
+            where = {"shard": unit.shard, "node": actor.node, "pid": actor.pid}
+            self._listener(Event("progress", moved | where))
             yield receipt
 
     def ask(
@@ -77,8 +78,8 @@ class RayEngine:
 
     def _map(
         self, job: str, units: Sequence[WorkUnit], known: Mapping[Place, Any]
-    ) -> Iterator[tuple[WorkUnit, Any, str]]:
-        """Units as they finish, what came of them, and the node."""
+    ) -> Iterator[tuple[WorkUnit, Any, Actor]]:
+        """Units as they finish, what came of them, and who ran them."""
         # Our own pickle: a user's functions, which workers can't import, travel by value in it.
         answers = ray.put(cloudpickle.dumps(dict(known)))
         sources = list(_sources(units).values())
@@ -108,7 +109,7 @@ class RayEngine:
                 todo.insert(0, unit)  # what always kills its worker is to be known early
                 continue
             idle.append(actor)
-            yield unit, result, actor.node
+            yield unit, result, actor
 
     def _wait(self, running: Mapping[Any, Any]) -> Any:
         """The first answer; says so when there is none for want of workers."""

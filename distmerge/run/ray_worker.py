@@ -12,7 +12,7 @@ from typing import TypedDict
 import cloudpickle
 import torch
 
-from distmerge.plan.digest import kernel_class
+from distmerge.plan.digest import FORMAT_VERSION, kernel_class
 from distmerge.plan.memory import bare_process, fitted
 from distmerge.plan.work import Source
 from distmerge.run.ray_cluster import this_node
@@ -74,6 +74,7 @@ def versions() -> dict[str, str]:
     decides bits and pickles, the first two numbers."""
     return {
         "distmerge": version("distmerge"),
+        "format": str(FORMAT_VERSION),
         "torch": ".".join(torch.__version__.split("+")[0].split(".")[:2]),
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
     }

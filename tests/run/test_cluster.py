@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from run.family import Family, names_below, on_grid, same_tensors, save_model, tensors_at
@@ -65,7 +68,7 @@ class Driver:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if not line.startswith("{"):
-                self.strays.append(line)  # of Ray's; a reader that dies would wait for ever
+                self.strays.append(line)  # a reader that dies would wait for ever
                 continue
             with self._changed:
                 self.events.append(json.loads(line))
@@ -90,6 +93,7 @@ class Driver:
         """Wait for the end, which is to be a good one; what it said to people."""
         said = self.failed()
         assert self.process.returncode == 0, said
+        assert self.strays == [], "only events are on standard output"
         return said
 
     def failed(self) -> str:
@@ -195,3 +199,67 @@ def test_a_raylet_that_dies_in_mid_merge_costs_a_retry_elsewhere(nodes, slowly, 
     assert lost[0]["shard"] in [event["shard"] for event in driver.of("unit")]
     assert not [event for event in driver.of("worker")[seen:] if event["node"].endswith(on_it)]
     assert_merged(tmp_path / "out", many)
+
+
+def test_a_raylet_that_dies_alone_takes_its_worker_along(nodes, slowly, many, tmp_path):
+    doomed = nodes.add()
+    recipe, go = held(slowly, tmp_path)
+    driver = Driver(nodes, recipe, tmp_path / "out", *small(4))
+    on_it = f"/{doomed.id[:6]}"
+    assert driver.until(lambda: len(driver.of("worker")) == 4)
+    os.kill(doomed.pid, signal.SIGKILL)
+    # Its process may end units and begin others until Ray finds the node dead, half a minute on:
+    # one that waits for the file doesn't, and so is lost for sure.
+    assert driver.until(lambda: driver.has("retry"))
+    go.touch()
+    driver.end()
+    assert [event["node"][-7:] for event in driver.of("retry")] == [on_it]
+    assert_merged(tmp_path / "out", many)
+
+
+def test_after_the_drivers_death_only_missing_shards_are_written(nodes, slowly, many, tmp_path):
+    out = tmp_path / "out"
+    first = Driver(nodes, slowly, out, *small())
+    assert first.until(lambda: len(first.of("unit")) >= 5)
+    workers = [event["pid"] for event in first.of("worker")]
+    first.kill()
+    for pid in workers:  # they end with their driver, but not at once
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(pid).wait(60)
+    finished = {p.name.removesuffix(".json") for p in out.glob(".distmerge/*/model-*.json")}
+    assert 5 <= len(finished) < UNITS
+    before = {name: (out / name).stat() for name in finished}
+    second = Driver(nodes, slowly, out, *small())
+    second.end()
+    assert second.of("plan")[0]["resumed"] == len(finished)
+    written = [event["shard"] for event in second.of("unit")]
+    assert len(written) == UNITS - len(finished)
+    assert not finished & set(written)
+    after = {name: (out / name).stat() for name in finished}
+    assert {n: (s.st_ino, s.st_mtime_ns) for n, s in after.items()} == {
+        n: (s.st_ino, s.st_mtime_ns) for n, s in before.items()
+    }
+    assert_merged(out, many)
+
+
+def test_a_worker_with_another_distmerge_is_refused_in_a_sentence(slowly, tmp_path):
+    other = tmp_path / "other" / "distmerge-9.9.9.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: distmerge\nVersion: 9.9.9\n")
+    path = os.pathsep.join(filter(None, [str(other.parent), os.environ.get("PYTHONPATH")]))
+    elsewhere = RayNodes(0)
+    try:
+        elsewhere.add(PYTHONPATH=path)
+        driver = Driver(elsewhere, slowly, tmp_path / "out", *small(1))
+        said = driver.failed()
+    finally:
+        elsewhere.stop()
+    assert driver.process.returncode == 2, said
+    assert re.search(
+        r"""^A worker has other versions than this machine\.
+  distmerge \S+ here, 9\.9\.9 on \S+
+Fix: install the same distmerge, torch and Python on every node$""",
+        said,
+        re.MULTILINE,
+    ), said
+    assert not list((tmp_path / "out").glob("*.safetensors"))

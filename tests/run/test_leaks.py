@@ -109,7 +109,18 @@ def test_secrets_stay_where_they_are_needed(s3, hub, sources, tmp_path, engine, 
     name = f"leak-{uuid.uuid4().hex[:8]}"
     url = s3.url(name) if out == "s3" else f"hf://org/{name}"
     command = [sys.executable, "-m", "distmerge.cli", "merge", str(path), url]
-    command += ["--max-shard-size", str(SMALL), "--json", "--engine", engine, "--workers", "1"]
+    log = tmp_path / "events.jsonl"
+    command += [
+        "--event-log",
+        str(log),
+        "--max-shard-size",
+        str(SMALL),
+        "--json",
+        "--engine",
+        engine,
+        "--workers",
+        "1",
+    ]
     space = tmp_path / "t"
     space.mkdir()
     # Ray keeps its sessions, with every log and what describes the job, in its own folder.
@@ -119,6 +130,7 @@ def test_secrets_stay_where_they_are_needed(s3, hub, sources, tmp_path, engine, 
     try:
         printed, arguments = watched(command, environment)
         assert '"done"' in printed
+        assert '"done"' in log.read_text()
         shown = {"printed": printed, "arguments": "\n".join(arguments)}
         assert not [k for k, text in shown.items() if any(s in text for s in secrets)]
         assert leaking(tmp_path, secrets, path) + leaking(sessions, secrets, path) == []

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import threading
 
 import pytest
+from run.family import save_model
+from run.merging import small_models
 
+from distmerge.cli.app import app
+from distmerge.errors import OutputError
 from distmerge.run.events import Event
+from distmerge.run.json_lines import JsonWatcher, logged
 from distmerge.run.progress import (
     BarWatcher,
-    JsonWatcher,
     LineWatcher,
     Tally,
     format_seconds,
@@ -146,6 +152,56 @@ def test_json_lines_are_whole_when_several_threads_tell():
     assert len(found) == 800
     assert sum(event["bytes_read"] for event in found) == 4 * sum(range(200))
     assert {event["event"] for event in found} == {"progress"}
+
+
+def test_what_else_is_printed_meanwhile_is_not_between_the_json_lines(tmp_path):
+    code = """
+import os
+from distmerge.run.events import Event
+from distmerge.run.progress import watching
+print("before")
+with watching(json=True) as listener:
+    print("a method's own words")
+    os.write(1, b"a library's, past Python\\n")
+    listener(Event("notice", {"text": "é"}))
+print("after")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    before, line, after = done.stdout.decode().splitlines()
+    assert (before, json.loads(line)["text"], after) == ("before", "é", "after")
+    assert sorted(done.stderr.decode().splitlines()) == [
+        "a library's, past Python",
+        "a method's own words",
+    ]
+
+
+def test_a_log_keeps_every_event_of_a_merge_and_of_the_one_that_goes_on(tmp_path):
+    models = [save_model(m, tmp_path / str(i)) for i, m in enumerate(small_models(2))]
+    recipe = {"merge_method": "linear", "models": [{"model": m} for m in models]}
+    recipe["parameters"] = {"weight": 1.0}
+    (tmp_path / "recipe.yml").write_text(json.dumps(recipe))
+    log, out = tmp_path / "events.jsonl", tmp_path / "out"
+    command = ["merge", str(tmp_path / "recipe.yml"), str(out), "--event-log", str(log), "--quiet"]
+    for _ in range(2):
+        app(command, standalone_mode=False)
+    told = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [t["event"] for t in told if t["event"] != "progress"] == [
+        "plan", "unit", "done", "notice",
+    ]  # fmt: skip
+    (unit,) = [t for t in told if t["event"] == "unit"]
+    written = (out / "model.safetensors").stat().st_size
+    assert (unit["shard"], unit["bytes_written"]) == ("model.safetensors", written)
+    assert unit["bytes_read"] >= 2 * 4 * 63 * 11 * 4
+    assert all(t["time"] > 1e9 for t in told)
+    assert not (out / log.name).exists()
+
+
+def test_a_log_that_cannot_be_written_ends_the_merge_before_it_begins(tmp_path):
+    with (
+        pytest.raises(OutputError, match=r"event log .* can't be written: No such file"),
+        logged(str(tmp_path / "missing" / "log"), lambda event: None),
+    ):
+        pass
 
 
 class Terminal(io.StringIO):

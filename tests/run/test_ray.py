@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
+import psutil
 import pytest
 from run.family import MODELS, Family, names_below, same_tensors, save_model, tensors_at
 from run.merging import SMALL, differing, everything, least_memory, run, small_models
@@ -24,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("cluster")
 MY_METHODS = '''
 import os
 import signal
+import time
 from pathlib import Path
 
 import torch
@@ -42,6 +48,10 @@ def fragile(models, *, key: str, driver: int, seen: str, deaths: int, layer_name
         if count < deaths:
             past.write_text("x" * (count + 1))
             os.kill(os.getpid(), signal.SIGKILL)
+    return median3(models)
+
+def slow(models, *, seconds: float):
+    time.sleep(seconds)
     return median3(models)
 
 def broken(models, *, key: str, driver: int, layer_name=""):
@@ -125,6 +135,72 @@ def test_a_killed_workers_unit_runs_on_another(my, models, tmp_path):
     assert not [name for name in names_below(out) if name.endswith(".tmp")]
 
 
+class Killer:
+    """Ends this process's Ray workers, one after the other, at moments drawn at random: two of
+    them, since a third loss of one unit rightly ends the run."""
+
+    def __init__(self, seed: int, within: float) -> None:
+        self.killed = 0
+        self._random = random.Random(seed)
+        self._within = within
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._kill)
+
+    def __enter__(self) -> Killer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _kill(self) -> None:
+        for _ in range(2):
+            while not (there := ray_workers()):
+                if self._over.wait(0.02):
+                    return
+            if self._over.wait(self._random.uniform(0, self._within)):
+                return
+            doomed = self._random.choice(ray_workers() or there)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                doomed.kill()
+                doomed.wait(30)
+                self.killed += 1
+
+
+def ray_workers() -> list[psutil.Process]:
+    """The actors' processes of the Ray that this process started."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "RayWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+@pytest.mark.full
+def test_actors_killed_at_random_moments_change_no_byte(my, models, tmp_path):
+    """Twenty of them; fewer where that takes more than minutes."""
+    made = recipe(my, "slow", models, seconds=0.5)
+    options: dict[str, Any] = {"max_shard_size": SMALL, "out_dtype": None}
+    local = run(made, tmp_path / "local", workers=1, **options)
+    killed, retried, last = 0, 0, time.monotonic() + 240
+    for seed in range(40):  # one that comes too late doesn't count
+        events: list[Event] = []
+        place = tmp_path / str(seed)
+        with Killer(seed, within=2.0) as killer:
+            found = run(made, place, engine="ray", workers=2, listener=events.append, **options)
+        assert differing(found, local) == [], f"seed {seed}"
+        assert not [name for name in names_below(place) if name.endswith(".tmp")]
+        retries = sum(event.kind == "retry" for event in events)
+        assert retries <= killer.killed
+        killed, retried = killed + killer.killed, retried + retries
+        if killed >= 20 or time.monotonic() > last:
+            break
+    assert killed
+    assert retried, "some while a unit ran"
+
+
 def test_a_unit_that_kills_every_worker_ends_the_run_and_any_engine_goes_on(my, models, tmp_path):
     parameters = {"key": "b", "driver": os.getpid(), "seen": str(tmp_path / "seen")}
     made = recipe(my, "fragile", models, deaths=3, **parameters)
@@ -173,7 +249,7 @@ def test_answers_are_folded_in_the_units_order_whichever_worker_was_first(models
     units = plan(what, max_shard_size=SMALL).units
     engine = RayEngine.__new__(RayEngine)
     late = [units[place] for place in (2, 0, 3, 1)]
-    answers = [(unit, cloudpickle.dumps([unit.shard]), "node") for unit in late]
+    answers = [(unit, cloudpickle.dumps([unit.shard]), None) for unit in late]
     monkeypatch.setattr(engine, "_map", lambda *args: iter(answers), raising=False)
     assert list(engine.ask(units, {})) == [[unit.shard] for unit in units]
 
