@@ -29,6 +29,7 @@ from distmerge.checkpoints.location import (
     split_adapter,
 )
 from distmerge.checkpoints.parallel import IN_FLIGHT
+from distmerge.checkpoints.renaming import Rule, renamed
 from distmerge.checkpoints.scales import dequantised
 from distmerge.checkpoints.storage_options import options_for
 from distmerge.checkpoints.store import StorageOptions, Store
@@ -45,28 +46,31 @@ def open_checkpoint(
     *,
     revision: str | None = None,
     adapter: Location | None = None,
+    rename: Sequence[Rule] = (),
     storage_options: StorageOptions | None = None,
 ) -> Checkpoint:
     """Pin a model and read its headers.
 
     `name` is a directory, a weight file, an index file, an fsspec URL, hf://org/name[@revision]
     or a bare Hub id; what exists on disk wins over a Hub id. `base+adapter` is a model with a LoRA
-    adapter, which `adapter` may give apart.
+    adapter, which `adapter` may give apart. `rename` says what its keys are called instead; an
+    adapter is fitted to the names that the files have.
 
     Raises
         CheckpointNotFound, AccessDenied: it isn't there, or isn't yours to read.
         CheckpointError: it isn't a checkpoint.
         MalformedCheckpoint: its headers, index or config contradict themselves.
+        KeyMismatch: `rename` gives two tensors one name.
         ReadFailed: the network kept failing.
     """
     location = locate(name, revision=revision)
     adapter = adapter or location.adapter
     url = redact(split_adapter(os.fspath(name))[0])
     found = _open_model(location, url, options_for(location.root, storage_options))
-    if adapter is None:
-        return found
-    weights, config = open_adapter(adapter, options_for(adapter.root, storage_options))
-    return with_adapter(found, weights, config)
+    if adapter is not None:
+        weights, config = open_adapter(adapter, options_for(adapter.root, storage_options))
+        found = with_adapter(found, weights, config)
+    return renamed(found, rename)
 
 
 def open_adapter(

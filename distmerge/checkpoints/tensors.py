@@ -119,7 +119,11 @@ class Checkpoint:
     borrowed: tuple[Checkpoint, ...] = field(default=(), repr=False)
     """Other models of the same merge of which views read rows, their adapters after each."""
     settings: str = ""
-    """What else the views' values depend on."""
+    """What else the views' values depend on, and how keys were renamed."""
+    renamed: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Keys that a user's rules renamed -> what the files call them."""
+    warnings: tuple[str, ...] = ()
+    """Sentences on what was asked for and had no effect."""
 
     @property
     def own_url(self) -> str:

@@ -136,7 +136,7 @@ def align(root: Expression, base: Leaf | None = None) -> Inputs:
         for alias, key in _aliases(reference).items()
     ]
     skipped += _read_by_views(found)
-    mappings: list[str] = []
+    mappings = [text for leaf in found if isinstance(leaf, Leaf) for text in _renamed(leaf)]
     own_keys: list[Mapping[str, str]] = [{}]
     for leaf in found[1:]:
         held = _tensors(leaf)
@@ -221,6 +221,16 @@ def _read_by_views(found: Sequence[Leaf | TensorLeaf]) -> list[Skipped]:
         if isinstance(leaf, Leaf)
         for key, what in leaf.checkpoint.used.items()
     ]
+
+
+def _renamed(leaf: Leaf) -> list[str]:
+    """A sentence on the keys that the user's rules renamed."""
+    renamed = leaf.checkpoint.renamed
+    if not renamed:
+        return []
+    name, own = next(iter(renamed.items()))
+    count = "1 key" if len(renamed) == 1 else f"{len(renamed)} keys"
+    return [f"{leaf}: {count} renamed, such as {own} -> {name}"]
 
 
 def _config(leaf: Leaf | TensorLeaf) -> Mapping[str, Any] | None:

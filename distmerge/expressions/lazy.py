@@ -13,6 +13,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from distmerge.checkpoints.opening import open_checkpoint
+from distmerge.checkpoints.renaming import Rename, read_rules
 from distmerge.errors import KeyMismatch, RecipeError
 from distmerge.expressions.alignment import Inputs, align
 from distmerge.expressions.arithmetic import (
@@ -46,6 +47,7 @@ def open_lazy(
     url: str | os.PathLike[str],
     *,
     revision: str | None = None,
+    rename: Rename | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> LazyStateDict:
     """Open a checkpoint by its headers: a directory, a weight file, an fsspec URL or a Hub id;
@@ -55,12 +57,18 @@ def open_lazy(
         (base + 0.5 * (legal - base)).save("merged")
 
     revision: of a Hub repository.
+    rename: what its keys are called instead, {"old.prefix.": "new.prefix."} or rules like
+        [{"regex": r"^h[.](\\d+)", "to": r"layers.\\1"}], each applied to what the ones before made.
     storage_options: fsspec's keyword arguments for the URL's filesystem.
 
     Raises
         CheckpointNotFound, AccessDenied, MalformedCheckpoint, CheckpointError, ReadFailed
+        ParameterError, KeyMismatch: rules that are none, or that give two tensors one name.
     """
-    checkpoint = open_checkpoint(url, revision=revision, storage_options=storage_options)
+    rules = read_rules(rename)
+    checkpoint = open_checkpoint(
+        url, revision=revision, rename=rules, storage_options=storage_options
+    )
     return LazyStateDict(Leaf.of(checkpoint), storage_options=storage_options)
 
 

@@ -3,8 +3,8 @@
     recipe = load_recipe("merge.yml", overrides=["parameters.density=0.3"])
     request = recipe.request()       # opens the models, reads headers only
 
-The language is mergekit's, as far as it is supported; keys of it that are not yet are refused by
-name. Besides it has merge, seed, over, config_from, on_missing and its like, passthrough,
+The language is mergekit's.
+Besides it has merge, seed, over, config_from, on_missing and its like, passthrough,
 storage_options. A recipe of several documents is one merge, the others nested in it.
 """
 
@@ -38,7 +38,7 @@ from distmerge.expressions.recipe_keys import (
     check_forms,
     check_formula_keys,
     check_keys,
-    refuse_soon,
+    refuse_misplaced,
 )
 from distmerge.expressions.recipe_mistakes import explained, named_method
 from distmerge.expressions.recipe_sources import (
@@ -244,7 +244,7 @@ def load_recipe(
 
 
 def _load(document: Document, storage_options: StorageOptions | None) -> Recipe:
-    refuse_soon(document)
+    refuse_misplaced(document)
     if "merge" in document.data:
         return _load_formula(document, storage_options)
     method = named_method(document)

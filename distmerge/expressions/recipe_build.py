@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 
 from distmerge.checkpoints.location import Location
 from distmerge.checkpoints.opening import open_checkpoint
+from distmerge.checkpoints.renaming import Rule
 from distmerge.checkpoints.store import StorageOptions
 from distmerge.checkpoints.tensors import Checkpoint
+from distmerge.errors import RecipeError
 from distmerge.expressions.lazy import LazyStateDict
 from distmerge.expressions.model_ref import ModelRef
 from distmerge.expressions.nodes import Expression, Leaf, leaves, name_of
@@ -24,7 +26,7 @@ from distmerge.expressions.recipe_roles import Roles, assign_roles
 from distmerge.expressions.recipe_slices import build_parts
 from distmerge.expressions.recipe_tokenizer import check_names
 from distmerge.expressions.recipe_vocabulary import InOneVocabulary, in_one_vocabulary
-from distmerge.expressions.request import MergeRequest
+from distmerge.expressions.request import MergeRequest, warnings_of
 
 _MODELS_AT_ONCE = 8
 _WRITTEN = ("dtype", "out_dtype", "config_from", "tokenizer", "tokenizer_source", "chat_template")
@@ -56,7 +58,8 @@ class Settled:
     def named(self) -> Iterator[ModelRef]:
         """Every model that is opened, those of nested recipes too."""
         yield from self.merged()
-        found = [self.recipe.config_from] if self.recipe.config_from else []
+        found = list(self.models())  # a base that a method takes apart is listed too, perhaps
+        found += [self.recipe.config_from] if self.recipe.config_from else []
         found += map(self.meant, self.recipe.vocabulary.models()) if self.recipe.vocabulary else []
         yield from (ref for ref in found if ref.path not in self.nested)
         for inner in self.nested.values():
@@ -158,7 +161,7 @@ def _request(
         on_shape_mismatch=recipe.on_shape_mismatch,
         tokenizer=tokenizer,
         recipe_text=recipe.text,
-        warnings=(*settled.warnings(), *told),
+        warnings=(*settled.warnings(), *told, *warnings_of(root)),
         storage_options=storage_options,
     )
 
@@ -193,19 +196,34 @@ def settle(recipe: Recipe) -> Settled:
 def pin_models(
     models: Iterable[ModelRef], storage_options: StorageOptions
 ) -> dict[Location, Checkpoint]:
-    """Open each model once, all at the same time. Raises the first's error."""
-    unique = _unique(models)
+    """Open each model once, all at the same time. Raises the first's error, and RecipeError for
+    one that is renamed in two ways."""
+    models = list(models)
+    unique, rules = _unique(models), _rules(models)
 
     def pin(model: ModelRef) -> Checkpoint:
         return open_checkpoint(
             model.path,
             revision=model.revision,
             adapter=model.location.adapter,
+            rename=rules.get(model.location, ()),
             storage_options=storage_options,
         )
 
     with ThreadPoolExecutor(_MODELS_AT_ONCE, thread_name_prefix="distmerge-open") as pool:
         return dict(zip(unique, pool.map(pin, unique.values()), strict=True))
+
+
+def _rules(models: Iterable[ModelRef]) -> dict[Location, tuple[Rule, ...]]:
+    """How each model is renamed: what is said of it anywhere holds wherever it is named."""
+    found: dict[Location, tuple[Rule, ...]] = {}
+    for model in models:
+        if model.rename and found.setdefault(model.location, model.rename) != model.rename:
+            raise RecipeError(
+                f"{model} is renamed in two ways.",
+                fix="write its rename once, or the same rules each time",
+            )
+    return found
 
 
 def name_leaves(

@@ -90,15 +90,19 @@ def references(recipe: Recipe) -> Iterator[tuple[KeyPath, ModelRef]]:
 def _check_references(recipe: Recipe, named: Mapping[str, Recipe]) -> None:
     """A document has no files, so nothing that is said of files holds for it."""
     for place, ref in references(recipe):
-        if ref.path in named and (ref.lora or ref.revision):
+        if ref.path in named and (ref.lora or ref.revision or ref.rename):
             lora = f"{{model: ..., lora: {ref.lora}}}"
             raise RecipeError(
                 f"{recipe.document.where(place)}: {ref.path!r} is another document of this recipe, "
-                f"which takes no {'adapter' if ref.lora else 'revision'}.",
+                f"which takes no {_said_of_files(ref)}.",
                 fix=f"name the adapter with the models of {ref.path!r}, {lora}"
                 if ref.lora
                 else f"write {ref.path!r} alone",
             )
+
+
+def _said_of_files(ref: ModelRef) -> str:
+    return "adapter" if ref.lora else "revision" if ref.revision else "rename"
 
 
 def _check_order(recipe: Recipe, above: Sequence[str]) -> None:

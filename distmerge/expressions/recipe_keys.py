@@ -27,8 +27,6 @@ from distmerge.expressions.recipe_words import (
     NOT_WITH_FORMULAS,
     REFERENCE_KEYS,
     SLICE_KEYS,
-    SOON_MODEL,
-    SOON_TOP,
     TASK_VECTOR_METHODS,
     TOP_KEYS,
 )
@@ -73,7 +71,7 @@ def check_formula_keys(document: Document, used: Collection[str]) -> list[Ignore
         if key in NOT_WITH_FORMULAS and data[key]:
             fix = NOT_WITH_FORMULAS[key]
             raise RecipeError(f"{where}: {key!r} doesn't go with 'merge:'.", fix=fix)
-        if key not in FORMULA_KEYS and key not in SOON_TOP | NOT_WITH_FORMULAS.keys():
+        if key not in FORMULA_KEYS and key not in NOT_WITH_FORMULAS:
             near = difflib.get_close_matches(key, sorted(FORMULA_KEYS), 1)
             fix = f"write {near[0]!r}" if near else "leave it out"
             found.append(Ignored((key,), f"{where}: {key!r} is ignored here; {fix}.", fix))
@@ -86,10 +84,13 @@ def check_formula_keys(document: Document, used: Collection[str]) -> list[Ignore
     return found
 
 
-def refuse_soon(document: Document) -> None:
-    """Refuse top-level keys that change the merge and are not implemented. Raises RecipeError."""
-    for key in SOON_TOP:
-        _refuse(document, document.data, (), key)
+def refuse_misplaced(document: Document) -> None:
+    """Refuse what would change the merge if it stood where it belongs. Raises RecipeError."""
+    if document.data.get("rename"):
+        raise RecipeError(
+            f"{document.where(('rename',))}: rename holds for one model, not for all.",
+            fix=f"write it {ELSEWHERE['rename']}",
+        )
 
 
 def check_forms(document: Document) -> None:
@@ -157,23 +158,11 @@ def _check_sources(
         if not isinstance(entry, dict):
             continue
         at = (*path, i)
-        for key in SOON_MODEL:
-            _refuse(document, entry, at, key)
         yield from _check_level(document, entry, at, known, method)
         for key in ("model", *method.inputs[1:]):
             yield from _check_reference(document, (*at, key), entry.get(key), method)
         given = entry.get("parameters")
         yield from _check_parameters(document, (*at, "parameters"), given, method)
-
-
-def _refuse(document: Document, data: Mapping[str, Any], path: KeyPath, key: str) -> None:
-    if data.get(key) in (None, [], "") or key not in data:
-        return
-    raise RecipeError(
-        f"{document.where((*path, key))}: {key!r} is not supported yet.",
-        "without it the result would be another one than the recipe asks for",
-        fix=f"leave {key!r} out if the merge doesn't need it",
-    )
 
 
 def _check_level(
@@ -184,7 +173,7 @@ def _check_level(
     method: MergeMethod,
 ) -> Iterator[Ignored]:
     # Keys of the language that are empty ask for nothing.
-    empty = SOON_MODEL | NEEDLESS if path else SOON_TOP
+    empty = NEEDLESS if path else frozenset({"rename"})
     empty |= {key for key in ("lora",) if not data.get(key)}
     for key in data:
         if key not in known and key not in empty:
@@ -219,8 +208,6 @@ def _check_reference(
     """`model: {path, revision}`, perhaps with another `model:` around it."""
     if not isinstance(given, dict):
         return
-    for key in SOON_MODEL:
-        _refuse(document, given, path, key)
     yield from _check_level(document, given, path, REFERENCE_KEYS, method)
     for key in ("model", "lora"):
         yield from _check_reference(document, (*path, key), given.get(key), method)
@@ -264,7 +251,7 @@ def _unknown(document: Document, place: KeyPath, method: MergeMethod) -> Ignored
         fix = f"leave {name!r} out"
         text = f"{where}: {method.name} has no parameter {name!r}; it is ignored."
         return Ignored(place, text, fix)
-    if name in TOP_KEYS | SOON_TOP | ELSEWHERE.keys():
+    if name in TOP_KEYS | ELSEWHERE.keys():
         fix = f"write it {ELSEWHERE[name]}" if name in ELSEWHERE else "move it to the top level"
         return Ignored(place, f"{where}: {name!r} is ignored here; {fix}.", fix)
     error = unknown_parameter(method, name)

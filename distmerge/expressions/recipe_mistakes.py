@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from pydantic import ValidationError
 
 from distmerge.checkpoints.location import redact
+from distmerge.checkpoints.renaming import FORM
 from distmerge.errors import DistmergeError, RecipeError
 from distmerge.expressions.recipe_text import Document, dotted
 from distmerge.expressions.recipe_words import MERGEKIT_METHODS
@@ -41,6 +42,7 @@ EXAMPLES = {
     "passthrough": "passthrough: [lm_head]",
     "storage_options": "storage_options: {'s3://bucket/': {endpoint_url: ...}}",
     "revision": "revision: 'main'; numbers need quotes",
+    "rename": FORM,
     "path": "path: 'org/name'; numbers need quotes",
 }
 """What a key looks like where it is right."""

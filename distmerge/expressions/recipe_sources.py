@@ -39,6 +39,9 @@ class Source(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _unwrap(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("rename") is not None:
+            own = {"model": given.get("model"), "rename": given["rename"]}
+            return {**{k: v for k, v in given.items() if k != "rename"}, "model": own}
         return {"model": given} if isinstance(given, str) else given
 
 

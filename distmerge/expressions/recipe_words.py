@@ -27,16 +27,12 @@ NOT_WITH_FORMULAS = {
     "passthrough": "write passthrough=[...] in the formula",
 }
 """What a formula says itself, and how."""
-MODEL_KEYS = frozenset({"model", "parameters"})
+MODEL_KEYS = frozenset({"model", "parameters", "rename"})
 SLICE_KEYS = frozenset({"sources", "base_model", "parameters"})
 MODULE_KEYS = frozenset({"models", "slices", "parameters"})
-REFERENCE_KEYS = frozenset({"path", "revision", "model", "lora"})
+REFERENCE_KEYS = frozenset({"path", "revision", "model", "lora", "rename"})
 CHOICE_KEYS = frozenset({"filter", "value"})
 
-SOON_TOP = _words("""
-    rename
-""")
-SOON_MODEL = frozenset({"rename"})
 NEEDLESS = frozenset({"override_architecture"})
 """Says how mergekit should read a model; here the names in its files are enough."""
 
@@ -68,6 +64,7 @@ ELSEWHERE = {
     "path": "in 'model: {path: ..., revision: ...}'",
     "revision": "in 'model: {path: ..., revision: ...}', or in 'model: name@revision'",
     "lora": "in 'model: {model: ..., lora: ...}', or in 'model: name+adapter'",
+    "rename": "beside 'model:', or in 'base_model: {path: ..., rename: ...}'",
     "model": "in an item of 'models:' or 'sources:'",
     "pad_to_multiple_of": "under 'tokenizer:'",
     "tokens": "under 'tokenizer:'",

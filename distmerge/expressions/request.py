@@ -39,4 +39,10 @@ def request_for(root: Expression, **settings: Any) -> MergeRequest:
     """A request whose donor is the first checkpoint in the expression, the base where there is
     one."""
     donor = next((leaf for leaf in leaves(root) if isinstance(leaf, Leaf)), None)
-    return MergeRequest(root, donor, **settings)
+    return MergeRequest(root, donor, warnings=warnings_of(root), **settings)
+
+
+def warnings_of(root: Expression) -> tuple[str, ...]:
+    """What its checkpoints warn of, each sentence once."""
+    found = (leaf.checkpoint.warnings for leaf in leaves(root) if isinstance(leaf, Leaf))
+    return tuple(dict.fromkeys(text for warnings in found for text in warnings))

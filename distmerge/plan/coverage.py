@@ -4,7 +4,8 @@ error: weights that vanish without a word are the worst that a merge can do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from distmerge.errors import KeyMismatch
 from distmerge.expressions.alignment import Inputs, Skipped
@@ -37,7 +38,17 @@ def account(
                 skipped.append(Skipped(str(leaf), own, reason))
     if whole:
         _check(inputs, used, skipped)
-    return tuple(skipped)
+    return tuple(_as_in_files(skipped, inputs))
+
+
+def _as_in_files(skipped: Sequence[Skipped], inputs: Inputs) -> Iterator[Skipped]:
+    """The tensors under the names that the files have, where a user's rules renamed them."""
+    found = {
+        str(leaf): leaf.checkpoint.renamed for leaf in inputs.aligned if isinstance(leaf, Leaf)
+    }
+    for entry in skipped:
+        key = found.get(entry.model, {}).get(entry.key, entry.key)
+        yield replace(entry, key=key)
 
 
 def _used(inputs: Inputs, programs: Sequence[Program]) -> dict[Input, set[str]]:

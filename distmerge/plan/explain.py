@@ -174,6 +174,7 @@ def _model(task: KeyTask, leaf: int, inputs: Inputs) -> Piece:
     files: tuple[str, ...] = ()
     made = ""
     if isinstance(node, Leaf):
+        own = node.checkpoint.renamed.get(own, own)
         found = (_file(node.checkpoint, part.source, part.info.file) for part in parts_of(given))
         files = tuple(dict.fromkeys(found))
         made = _made(given, node.checkpoint)
