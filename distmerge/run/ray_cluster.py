@@ -29,7 +29,7 @@ def join(address: str | None, workers: int) -> None:
         raise RecipeError(
             f"Could not join the Ray cluster at {address or 'this machine'}.",
             str(error).splitlines()[0],
-            fix="check --address, or leave it out to start Ray here",
+            fix="check --address, and RAY_AUTH_MODE and its token if the cluster asks for one",
         ) from error
 
 

@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import re
+import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,7 +51,9 @@ def nodes() -> Iterator[RayNodes]:
 class Driver:
     """A `distmerge merge` of its own process, and what it has told."""
 
-    def __init__(self, nodes: RayNodes, recipe: Path, out: Path, *options: str) -> None:
+    def __init__(
+        self, nodes: RayNodes, recipe: Path, out: Path, *options: str, **environment: str
+    ) -> None:
         command = ["merge", str(recipe), str(out), "--engine", "ray", "--address", nodes.address]
         self.events: list[Told] = []
         self.strays: list[str] = []
@@ -60,6 +64,7 @@ class Driver:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env={**os.environ, **environment},
         )
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
@@ -263,3 +268,36 @@ Fix: install the same distmerge, torch and Python on every node$""",
         re.MULTILINE,
     ), said
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_cluster_that_asks_for_a_token_lets_in_who_has_it(many, tmp_path):
+    token = f"planted-{secrets.token_hex(24)}"
+    mode = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
+    recipe = tmp_path / "recipe.yml"
+    models = [{"model": model} for model in many]
+    recipe.write_text(json.dumps({"merge_method": "median", "models": models}))
+    sessions = Path(f"/tmp/{token[-6:]}")  # Ray's sockets are in there, and their names are short
+    sessions.mkdir()
+    guarded = RayNodes(1, {**mode, "RAY_TMPDIR": str(sessions)})
+    try:
+        driver = Driver(guarded, recipe, tmp_path / "out", *small(1), **mode)
+        said = driver.end()
+        wrong = {**mode, "RAY_AUTH_TOKEN": token[::-1]}
+        refused = Driver(guarded, recipe, tmp_path / "refused", *small(1), **wrong)
+        sentence = refused.failed()
+    finally:
+        guarded.stop()
+    found: dict[Path, bytes] = {}
+    for path in (*sessions.rglob("*"), *tmp_path.rglob("*")):
+        with contextlib.suppress(OSError):  # sockets, folders, and what ends with the cluster
+            found[path] = path.read_bytes()
+    shown = [str(path) for path, data in found.items() if token.encode() in data]
+    logs = [path for path in found if path.suffix == ".log"]
+    shutil.rmtree(sessions)
+    assert shown == []
+    assert logs
+    assert token not in said + json.dumps(driver.events) + sentence
+    assert refused.process.returncode == 2, sentence
+    assert "Could not join the Ray cluster" in sentence
+    assert "Fix: check --address, and RAY_AUTH_MODE and its token" in sentence
+    assert_merged(tmp_path / "out", many)
