@@ -32,11 +32,11 @@ BARE_LIMIT = 640 * MiB
 that the caller keeps in memory are the caller's."""
 SLACK = 64 * MiB
 """Open questions, allocator fragmentation, client buffers, Python objects of a unit."""
-WINDOW = 16 * MiB
+WINDOW = 8 * MiB
 """Output bytes that are merged together before they go to the writer."""
 WINDOWS = 3
 """One being merged, one being written, one waiting."""
-GROUP = 64 * MiB
+GROUP = 16 * MiB
 """Raw bytes that are read together: long enough for long requests, small enough to overlap."""
 
 CODING = 1 << 21
@@ -61,7 +61,8 @@ class Need:
     """Raw inputs of the key that must be resident at once (strided views, whole-tensor methods
     are not among them)."""
     largest: int
-    """Raw inputs of the largest key: kept resident where the arena has room."""
+    """Raw inputs of the largest key that is passed over more than once: kept resident where the
+    arena has room."""
     streamed: int
     """Raw inputs of one block."""
     coding: int = 0
@@ -106,7 +107,19 @@ def need_of(program: Program, shape: tuple[int, ...], raw: int, itemsize: int) -
     operands = max(len(program.steps), 1)
     share = raw * min(grid.step, grid.elements) // max(grid.elements, 1)
     gathered = gathered_bytes(program, shape, itemsize)
-    return Need((3 * operands + 6) * block, gathered, 0, raw, share)
+    again = 0 if in_one_pass(program, shape) else raw
+    return Need((3 * operands + 6) * block, gathered, 0, again, share)
+
+
+def in_one_pass(program: Program, shape: tuple[int, ...]) -> bool:
+    """Has every block a result when it is first seen? Such keys gain nothing from being resident
+    as a whole."""
+    grid = Grid(shape)
+    return not any(
+        step.method.generator or not grid.streams(step.sees(shape))
+        for step in program.steps
+        if isinstance(step, Call)
+    )
 
 
 def with_views(need: Need, shape: tuple[int, ...], views: Sequence[View], itemsize: int) -> Need:
@@ -179,9 +192,9 @@ def plan_memory(
     blocks, windows = need.block * threads, WINDOWS * WINDOW
     fixed = reserved + SLACK + blocks + windows + need.gathered + need.coding + sending
     # A ring buffer always has room for half its size, wherever its head stands; inputs are
-    # aligned in it.
+    # aligned in it, and holes between them may add a quarter.
     least = 2 * (max(need.resident, 2 * need.streamed) + MiB)
-    useful = max(4 * GROUP, 4 * need.largest, least)
+    useful = max(4 * GROUP, need.largest * 5 // 2 + MiB, least)
     if fixed + least > allowed:
         raise MemoryBudgetError(
             f"A worker would need {_mib(fixed + least)}, and {_mib(allowed)} are allowed.",

@@ -2,7 +2,7 @@
 
 Keys are taken in groups whose raw inputs fit into the arena side by side with the group before. A
 key too large for that is streamed: its blocks pass through in windows, once for every round of its
-evaluation.
+evaluation. One that needs a single round is streamed as soon as it is larger than a group.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from distmerge.expressions.alignment import spec_of
 from distmerge.expressions.evaluate import Evaluation
 from distmerge.expressions.program import Call, Same, Scales
 from distmerge.methods.blocks import Grid
-from distmerge.plan.memory import ASKING, GROUP, asked_bytes, gathered_bytes, made_bytes
+from distmerge.plan.memory import (
+    ASKING,
+    GROUP,
+    asked_bytes,
+    gathered_bytes,
+    in_one_pass,
+    made_bytes,
+)
 from distmerge.plan.work import KeyTask
 from distmerge.run.arena import ALIGN
 from distmerge.run.fetch import Wanted
@@ -68,7 +75,7 @@ def windows(
         if only_ask and not _asks(task):
             continue
         size = _room(task)
-        streams = size > limit and not is_strided(task)
+        streams = size > (most if _passes_once(task) else limit) and not is_strided(task)
         if group and (streams or filled + size > most):
             yield Window(tuple(group))
             group, filled = [], 0
@@ -146,6 +153,12 @@ def item_size(task: KeyTask) -> int:
 def raw_bytes(task: KeyTask) -> int:
     """Bytes that a task's inputs take in the files."""
     return sum(info.stop - info.start for info in _infos(task))
+
+
+def _passes_once(task: KeyTask) -> bool:
+    """Would it be read once all the same if it were streamed?"""
+    fixed = sum(fixed_bytes(given) for given in task.inputs.values())
+    return fixed == 0 and (is_copied(task) or in_one_pass(task.program, task.shape))
 
 
 def is_strided(task: KeyTask) -> bool:
