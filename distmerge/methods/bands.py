@@ -5,7 +5,6 @@ Two cuts, found together: one histogram serves both at first, and a sample brack
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -97,25 +96,44 @@ def keep_band(x: Tensor, cut: BandCut) -> Tensor:
     return keep_above(x, cut.lower) - keep_above(x, cut.upper)
 
 
-def trim(x: Tensor, cut: Cut | BandCut, out: Tensor | None = None) -> Tensor:
-    """`keep_above` or `keep_band`; into `out` if one is given."""
-    lower, upper = (cut, NOTHING) if isinstance(cut, Cut) else (cut.lower, cut.upper)
+def trim(x: Tensor, cut: Cut | BandCut) -> Tensor:
+    """`keep_above` or `keep_band`."""
     fused = fused_for(x)
-    if fused is None or lower.value == math.inf:
-        kept = keep_above(x, cut) if isinstance(cut, Cut) else keep_band(x, cut)
-        return kept if out is None else out.copy_(kept)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-    low, high = _edge(lower), _edge(upper)
-    draw = lower.draw or Draw(0, (), 0)
-    assert lower.draw or not (low[1] or high[1]), "the evaluator gives every answer its draw"
-    fused.keep_between(flat(x), *low, *high, np.uint64(draw.stream()), draw.start, flat(out))
+    if fused is None:
+        return keep_above(x, cut) if isinstance(cut, Cut) else keep_band(x, cut)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    found = edges(cut)
+    bounds = np.array(found.bounds, np.float32)
+    fused.keep_between(flat(x), bounds, found.stream, found.first, flat(out))
     return out
 
 
-def _edge(cut: Cut) -> tuple[np.float32, np.float32]:
+@dataclass(frozen=True, slots=True)
+class Edges:
+    """A cut as the fused loops take it."""
+
+    bounds: tuple[float, float, float, float]
+    """Kept is what exceeds the first magnitude, and of its equals the second's share; dropped is
+    what exceeds the third, and of its equals the fourth's share."""
+    stream: np.uint64
+    """Of the draw among equals."""
+    first: int
+    """The position that the block begins at."""
+
+
+def edges(cut: Cut | BandCut) -> Edges:
+    """Where a cut lies."""
+    lower, upper = (cut, NOTHING) if isinstance(cut, Cut) else (cut.lower, cut.upper)
+    low, high = _edge(lower), _edge(upper)
+    draw = lower.draw or Draw(0, (), 0)
+    assert lower.draw or not (low[1] or high[1]), "the evaluator gives every answer its draw"
+    return Edges((*low, *high), np.uint64(draw.stream()), draw.start)
+
+
+def _edge(cut: Cut) -> tuple[float, float]:
     """A magnitude up to which everything is on the lower side, and the share of its equals that
     are on the upper side all the same."""
     threshold = plain_threshold(cut, torch.float32)
     if threshold is not None:
-        return np.float32(threshold), np.float32(0.0)
-    return np.float32(cut.value), np.float32(cut.share)
+        return threshold, 0.0
+    return cut.value, cut.share

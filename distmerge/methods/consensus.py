@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distmerge.methods.bands import BandCut, trim
-from distmerge.methods.cutoff import Cut, plain_threshold
+from distmerge.methods.bands import BandCut, edges, trim
+from distmerge.methods.cutoff import EVERYTHING, Cut
 from distmerge.methods.fusion import flat, fused_for
+from distmerge.methods.operands import stacked, widened
 
 SignWeighting = Literal["weighted", "paper"]
 """Whose sum elects a sign: the weighted task vectors', or the task vectors' as they are. What
@@ -38,29 +39,19 @@ class Consensus:
 
     def merge(self, base: Tensor, kept: Sequence[Tensor]) -> Tensor:
         """base + scale * combination of the task vectors `kept`."""
-        fused = fused_for(base, *kept)
+        fused = fused_for(*kept)
         if fused is None or self.elect is None:
             return base + self._combined(kept) * self.scale
-        stacked = torch.stack([part.reshape(-1) for part in kept])
-        return self._fused(fused, base, stacked, [-1.0] * len(kept))
+        return self._fused(fused, base, kept, [EVERYTHING] * len(kept))
 
     def trim_and_merge(
         self, base: Tensor, deltas: Sequence[Tensor], cuts: Sequence[Cut | BandCut]
     ) -> Tensor:
         """base + scale * combination of the task vectors, trimmed."""
-        fused = fused_for(base, *deltas)
+        fused = fused_for(*deltas)
         if fused is None or self.elect is None:
             return self.merge(base, [trim(d, cut) for d, cut in zip(deltas, cuts, strict=True)])
-        stacked = torch.empty((len(deltas), base.numel()))
-        thresholds = []
-        for row, delta, cut in zip(stacked, deltas, cuts, strict=True):
-            threshold = _threshold(cut)
-            thresholds.append(-1.0 if threshold is None else threshold)
-            if threshold is None:
-                trim(delta.reshape(-1), cut, row)
-            else:
-                row.copy_(delta.reshape(-1))
-        return self._fused(fused, base, stacked, thresholds)
+        return self._fused(fused, base, deltas, cuts)
 
     @property
     def _votes(self) -> Sequence[float]:
@@ -70,15 +61,21 @@ class Consensus:
         return [0.0 if weight == 0.0 else 1.0 for weight in self.weights]
 
     def _fused(
-        self, fused: ModuleType, base: Tensor, stacked: Tensor, thresholds: Sequence[float]
+        self,
+        fused: ModuleType,
+        base: Tensor,
+        deltas: Sequence[Tensor],
+        cuts: Sequence[Cut | BandCut],
     ) -> Tensor:
-        weights = np.array(self.weights, np.float32)
+        trims = [edges(cut) for cut in cuts]
         out = torch.empty(base.shape)
         fused.elect_and_merge(
-            flat(base),
-            stacked.numpy(),
-            np.array(thresholds, np.float32),
-            weights,
+            flat(widened(base)),
+            stacked(deltas).numpy(),
+            np.array([trim.bounds for trim in trims], np.float32),
+            np.array([trim.stream for trim in trims], np.uint64),
+            np.array([trim.first for trim in trims], np.int64),
+            np.array(self.weights, np.float32),
             np.array(self._votes, np.float32),
             self.normalize,
             np.float32(self.least),
@@ -111,10 +108,3 @@ class Consensus:
             share.clamp_(min=self.least)
             result /= share.masked_fill_(share == 0, 1.0)
         return result
-
-
-def _threshold(cut: Cut | BandCut) -> float | None:
-    """The magnitude up to which an entry counts as zero, if that is all there is to a cut."""
-    if isinstance(cut, BandCut) or cut.value == math.inf:
-        return None
-    return plain_threshold(cut, torch.float32)

@@ -11,6 +11,7 @@ from distmerge.methods.blocks import Granularity
 from distmerge.methods.consensus import Consensus, SignWeighting
 from distmerge.methods.linear import Answers
 from distmerge.methods.method import PerModel
+from distmerge.methods.operands import differences
 from distmerge.methods.random import Draw
 from distmerge.methods.sparsify import Rescale, chances, check_chances, keep_by_rank, rescaled
 from distmerge.methods.task_vectors import Density, Share, declared
@@ -25,7 +26,7 @@ def _ranked(
     rng: Draw,
     rescale: Rescale,
 ) -> Answers:
-    deltas = [model - base for model in models]
+    deltas = differences(models, base)
     each = list(zip(deltas, density, epsilon, strict=True))
     kept = [keep_by_rank(*one, rng, model) for model, one in enumerate(each)]
     if rescale == "density":

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from distmerge.errors import ParameterError
+from distmerge.methods.fusion import flat
 from distmerge.methods.method import PerModel
+from distmerge.methods.operands import bits, raw_loops, widened
 from distmerge.methods.signature import describe
 
 Answers = Generator[Any, Any, Tensor]
@@ -19,14 +21,21 @@ Weight = float | np.ndarray[Any, Any]
 
 
 def weighted_sum(xs: Sequence[Tensor], weights: Sequence[Weight]) -> Tensor:
-    """sum(w_i x_i), left to right."""
-    factors = [w if isinstance(w, float | int) else torch.from_numpy(w).to(xs[0]) for w in weights]
-    result = xs[0] * factors[0]
-    for x, factor in zip(xs[1:], factors[1:], strict=True):
-        if isinstance(factor, Tensor):
-            result.addcmul_(x, factor)
-        else:
-            result.add_(x, alpha=factor)
+    """sum(w_i x_i), left to right, every product rounded before it is added."""
+    loops = raw_loops(*xs)
+    if loops is not None and all(isinstance(w, float | int) for w in weights):
+        out = torch.empty(xs[0].shape)
+        loops.scaled(bits(xs[0]), np.float32(weights[0]), flat(out))
+        for x, weight in zip(xs[1:], weights[1:], strict=True):
+            loops.add_scaled(bits(x), np.float32(weight), flat(out))
+        return out
+    wide = [widened(x) for x in xs]
+    factors = [
+        w if isinstance(w, float | int) else torch.from_numpy(w).to(wide[0]) for w in weights
+    ]
+    result = wide[0] * factors[0]
+    for x, factor in zip(wide[1:], factors[1:], strict=True):
+        result += x * factor
     return result
 
 
@@ -64,7 +73,9 @@ def soup_call(count: int, *, weights: Sequence[float] | None = None) -> dict[str
     return {"weight": list(weights) if weights is not None else [1.0] * count}
 
 
-linear = describe(_linear, name="linear", blocks="elements", from_call=soup_call, builtin=True)
+linear = describe(
+    _linear, name="linear", blocks="elements", from_call=soup_call, raw=True, builtin=True
+)
 passthrough = describe(
     _passthrough, name="passthrough", blocks="elements", models=(1, 1), builtin=True
 )

@@ -94,6 +94,8 @@ class MergeMethod:
     offered: frozenset[str] = field(default=frozenset())
     drops_unknown: bool = False
     """Does a call leave out keywords that the function doesn't declare?"""
+    raw: bool = False
+    """Does it take operands in the dtype they are stored in? See `distmerge.methods.operands`."""
     builtin: bool = False
 
     def __post_init__(self) -> None:

@@ -13,8 +13,8 @@ from numba import njit
 
 Array = np.ndarray[Any, Any]
 
-SKIP = 64
-"""Elements that are only looked at together unless one of them needs a closer look."""
+CHUNK = 1024
+"""Elements that stay in the first-level cache from one loop to the next."""
 CELLS = 1024
 """Cells that a row's magnitudes are counted in."""
 CELL_SHIFT = 16
@@ -51,42 +51,46 @@ def keep_at_random(x: Array, stream: Any, first: int, keep: Any, out: Array) -> 
 
 
 @_loop
-def keep_between(
-    x: Array,
-    low: Any,
-    low_share: Any,
-    high: Any,
-    high_share: Any,
-    stream: Any,
-    first: int,
-    out: Array,
-) -> None:
+def keep_between(x: Array, bounds: Array, stream: Any, first: int, out: Array) -> None:
     """`x` where its magnitude exceeds `low` but not `high`, zero elsewhere.
 
     Of those that equal `low` the share `low_share` is kept, of those that equal `high` the share
     `high_share` is dropped, by the same draw. What is not finite stays so.
+
+    bounds: low, low_share, high, high_share; float32. Infinite `low` drops everything.
+    first: the position of x[0] in the stream.
     """
+    low, low_share, high, high_share = bounds[0], bounds[1], bounds[2], bounds[3]
     zero = np.float32(0.0)
+    if low == np.float32(np.inf):
+        out[:] = zero
+        return
     begin = np.uint64(first) + np.uint64(1)
     draws_low, draws_high = low_share > zero, high_share > zero
-    for start in range(0, x.size, SKIP):
-        part, kept = x[start : start + SKIP], out[start : start + SKIP]
-        equals = np.uint32(0)
+    marks = np.empty(CHUNK, np.uint8)
+    words = marks.view(np.uint64)  # eight marks at a time: most have none
+    for start in range(0, x.size, CHUNK):
+        part, kept = x[start : start + CHUNK], out[start : start + CHUNK]
         for i in range(part.size):
             magnitude = abs(part[i])
             beyond = part[i] - part[i]  # not a number, unless finite
             below = zero if magnitude <= low else part[i]
             kept[i] = beyond if magnitude > high else below
-            equals += np.uint32((magnitude == low) & draws_low)
-            equals += np.uint32((magnitude == high) & draws_high)
-        if equals:
-            for i in range(part.size):
-                magnitude = abs(part[i])
-                if (magnitude == low) | (magnitude == high):
-                    drawn = _drawn(stream + (begin + np.uint64(start + i)) * _GOLDEN)
-                    keeps = magnitude > low or drawn < low_share
-                    drops = magnitude > high or (magnitude == high and drawn < high_share)
-                    kept[i] = part[i] if keeps and not drops else zero
+        if not (draws_low or draws_high):
+            continue
+        for i in range(part.size):
+            magnitude = abs(part[i])
+            marks[i] = np.uint8((magnitude == low) | (magnitude == high))
+        marks[part.size :] = np.uint8(0)
+        for w in range(words.size):
+            if words[w]:
+                for i in range(8 * w, 8 * w + 8):
+                    if marks[i]:
+                        magnitude = abs(part[i])
+                        drawn = _drawn(stream + (begin + np.uint64(start + i)) * _GOLDEN)
+                        keeps = magnitude > low or drawn < low_share
+                        drops = magnitude > high or (magnitude == high and drawn < high_share)
+                        kept[i] = part[i] if keeps and not drops else zero
 
 
 @_loop

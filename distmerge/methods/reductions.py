@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from distmerge.methods.fusion import flat, fused_for
+from distmerge.methods.operands import bits, raw_loops
 
 Scope = Literal["tensor", "model"]
 
@@ -103,6 +104,9 @@ def _sum_of_products(a: Tensor, b: Tensor | None) -> float:
 
 
 def _float64_sum(a: Tensor, b: Tensor | None) -> float:
+    loops = None if b is None else raw_loops(a, b)
+    if loops is not None and b is not None:
+        return float(loops.dot(bits(a), bits(b)))
     fused = fused_for(a) if b is None else fused_for(a, b)
     if fused is not None:
         return float(fused.total(flat(a)) if b is None else fused.dot(flat(a), flat(b)))

@@ -13,6 +13,7 @@ from distmerge.methods.consensus import Consensus
 from distmerge.methods.cutoff import cutoff
 from distmerge.methods.fusion import flat, fused_for
 from distmerge.methods.linear import Answers
+from distmerge.methods.operands import differences
 from distmerge.methods.reductions import mean_square
 from distmerge.methods.signature import describe
 
@@ -60,7 +61,7 @@ def _sce(
     A weight is the mean square of the model's entries, divided by the sum of these; they are equal
     where that is next to zero.
     """
-    deltas = [model - base for model in models]
+    deltas = differences(models, base)
     if select_topk < 1.0:
         varies = spread(deltas)
         cut = yield cutoff(varies, keep=select_topk, nonzero=True)
@@ -72,4 +73,4 @@ def _sce(
     return Consensus(weights, "paper", normalize=True, least=LEAST).merge(base, deltas)
 
 
-sce = describe(_sce, name="sce", blocks="elements", builtin=True)
+sce = describe(_sce, name="sce", blocks="elements", raw=True, builtin=True)

@@ -31,6 +31,7 @@ def describe(
     models: tuple[int, int | None] = (1, None),
     counts_base: bool = False,
     from_call: Callable[..., dict[str, Any]] | None = None,
+    raw: bool = False,
     builtin: bool = False,
 ) -> MergeMethod:
     """Read a function's signature into a `MergeMethod`, whose fields say what the options are.
@@ -72,6 +73,7 @@ def describe(
         from_call=from_call,
         accepts_any=any(p.kind is kinds.VAR_KEYWORD for p in rest),
         offered=frozenset(p.name for p in rest if p.name in OFFERED),
+        raw=raw,
         builtin=builtin,
     )
 

@@ -20,6 +20,7 @@ from distmerge.methods.blocks import Granularity
 from distmerge.methods.line_dots import column_dot, row_dot
 from distmerge.methods.linear import Answers, Weight, shares, soup_call, weighted_sum
 from distmerge.methods.method import PerModel
+from distmerge.methods.operands import differences, widened
 from distmerge.methods.reductions import dots
 from distmerge.methods.signature import describe
 
@@ -69,7 +70,7 @@ def _nuslerp(
     dimension) has an angle of its own, with `nuslerp_row_wise: true` too each column (the first).
     The parameters are mergekit's.
     """
-    a, b = models if base is None else (model - base for model in models)
+    a, b = models if base is None else differences(models, base)
     total = sum(weight)
     t = 0.5 if abs(total) < 1e-6 else weight[1] / total
     if nuslerp_flatten:
@@ -122,8 +123,8 @@ def _multislerp(
     out have no mean: the weighted sum is taken.
     """
     if len(models) == 1:
-        return models[0]
-    xs = models if base is None else [model - base for model in models]
+        return widened(models[0])
+    xs = models if base is None else differences(models, base)
     shared = shares(weight, "multislerp", "normalize_weights") if normalize_weights else weight
     gram = yield dots(xs)
     merged = weighted_sum(xs, multislerp_weights(gram, shared, eps))
@@ -156,7 +157,7 @@ def _karcher(
     step is shorter than `tol`. Models whose norm is at most `tol` have no direction.
     """
     if len(models) == 1:
-        return models[0]
+        return widened(models[0])
     gram = yield dots(models)
     return weighted_sum(models, karcher_weights(tuple(map(tuple, gram)), max_iter, tol))
 
@@ -208,12 +209,19 @@ slerp = describe(
     models=(2, 2),
     counts_base=True,
     from_call=_slerp_call,
+    raw=True,
     builtin=True,
 )
 nuslerp = describe(
-    _nuslerp, name="nuslerp", blocks=_lines, models=(2, 2), from_call=soup_call, builtin=True
+    _nuslerp,
+    name="nuslerp",
+    blocks=_lines,
+    models=(2, 2),
+    from_call=soup_call,
+    raw=True,
+    builtin=True,
 )
 multislerp = describe(
-    _multislerp, name="multislerp", blocks="elements", from_call=soup_call, builtin=True
+    _multislerp, name="multislerp", blocks="elements", from_call=soup_call, raw=True, builtin=True
 )
-karcher = describe(_karcher, name="karcher", blocks="elements", builtin=True)
+karcher = describe(_karcher, name="karcher", blocks="elements", raw=True, builtin=True)

@@ -12,6 +12,7 @@ from distmerge.errors import ParameterError
 from distmerge.methods.blocks import Granularity
 from distmerge.methods.line_dots import row_dot
 from distmerge.methods.linear import Answers, Weight, weighted_sum
+from distmerge.methods.operands import differences
 from distmerge.methods.reductions import Scope, dots
 from distmerge.methods.signature import describe
 
@@ -26,7 +27,7 @@ def _model_stock(
     arXiv:2403.19522. With `filter_wise` every row has a c of its own, and so a t; with
     `over: model` there is one for the whole model.
     """
-    offsets = [model - base for model in models]
+    offsets = differences(models, base)
     n = len(offsets)
     if filter_wise:
         if over == "model":
@@ -72,5 +73,6 @@ model_stock = describe(
     blocks=_filters,
     models=(2, None),
     from_call=_no_parameters,
+    raw=True,
     builtin=True,
 )

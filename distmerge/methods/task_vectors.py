@@ -22,6 +22,7 @@ from distmerge.methods.consensus import Consensus, SignWeighting
 from distmerge.methods.cutoff import cutoff
 from distmerge.methods.linear import Answers
 from distmerge.methods.method import MergeMethod, PerModel
+from distmerge.methods.operands import differences
 from distmerge.methods.random import Draw
 from distmerge.methods.reductions import Question, Scope
 from distmerge.methods.signature import describe
@@ -44,7 +45,7 @@ def _task_arithmetic(
     Ilharco et al., "Editing models with task arithmetic", 2023, arXiv:2212.04089.
     """
     consensus = Consensus(weight, normalize=normalize, scale=lambda_)
-    return consensus.merge(base, [model - base for model in models])
+    return consensus.merge(base, differences(models, base))
 
 
 def _trimmed(
@@ -56,7 +57,7 @@ def _trimmed(
     density: Sequence[float],
 ) -> Answers:
     """Merge what is left of task vectors trimmed by their magnitudes: `ask` for the cut of each."""
-    deltas = [model - base for model in models]
+    deltas = differences(models, base)
     cuts = yield [ask(delta, model) for model, delta in enumerate(deltas)]
     if not rescale:
         return consensus.trim_and_merge(base, deltas, cuts)
@@ -155,7 +156,7 @@ def _dropped(
     rng: Draw,
     rescale: Rescale,
 ) -> Answers:
-    deltas = [model - base for model in models]
+    deltas = differences(models, base)
     pairs = enumerate(zip(deltas, density, strict=True))
     kept = [keep_at_random(delta, keep, rng, model) for model, (delta, keep) in pairs]
     return consensus.merge(base, (yield from rescaled(deltas, kept, rescale, density)))
@@ -227,7 +228,9 @@ def _dare_call(
 def declared(function: Callable[..., Any], **options: Any) -> MergeMethod:
     """A built-in method under its function's name; elementwise unless `blocks` says otherwise."""
     name = function.__name__.lstrip("_")
-    return describe(function, name=name, builtin=True, **{"blocks": "elements", **options})
+    return describe(
+        function, name=name, builtin=True, raw=True, **{"blocks": "elements", **options}
+    )
 
 
 task_arithmetic = declared(_task_arithmetic, from_call=_task_call)

@@ -54,9 +54,17 @@ class Tally:
         fused = fused_for(value) if out.dtype == torch.bfloat16 else None
         if fused is None:
             return False
-        bits, rounded = flat(value).view(np.int32), out.view(torch.int16).numpy()
-        finite = fused.round_to_bfloat16(bits, rounded)
-        changed, lost = (0, 0) if base is None else _changes(value, out, base)
+        bits = flat(value).view(np.int32)
+        rounded = out.view(torch.int16).numpy().view(np.uint16)
+        changed = lost = 0
+        if base is None:
+            finite = fused.round_to_bfloat16(bits, rounded)
+        elif base.dtype == torch.bfloat16:
+            before = base.view(torch.int16).numpy().view(np.uint16)
+            finite, changed, lost = fused.round_and_count(bits, rounded, before)
+        else:
+            finite = fused.round_to_bfloat16(bits, rounded)
+            changed, lost = _changes(value, out, base)
         self._add(key, finite, changed, lost)
         return True
 
@@ -79,11 +87,6 @@ def _stays_finite(value: Tensor, dtype: torch.dtype) -> bool:
 
 def _changes(value: Tensor, out: Tensor, base: Tensor) -> tuple[int, int]:
     """How many results differ from the base, and how many of these no longer do once rounded."""
-    fused = fused_for(value) if out.dtype == base.dtype == torch.bfloat16 else None
-    if fused is not None:
-        written, bits = out.view(torch.int16).numpy(), base.view(torch.int16).numpy()
-        changed, lost = fused.count_changes(flat(value).view(np.int32), written, bits)
-        return changed, lost
     differs = value != base.to(value.dtype)
     return int(differs.sum()), int((differs & (out == base.to(out.dtype))).sum())
 
