@@ -6,6 +6,7 @@ What equals a cut is drawn among its equals, and apart; such entries are common 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from methods import formulas
 from methods.formulas import float64
 from methods.inputs import SHAPE, Models, random, share_off_by_more_than_a_unit
-from methods.trees import merge
+from methods.trees import merge, plain_loops
 
 from distmerge.methods.registry import find_method, method_names
 
@@ -177,6 +178,34 @@ def test_fisher_within_a_unit_of_float64(dtype):
     found = merge("fisher", given.models, fishers=fishers)
     expected = formulas.fisher(given.models64, [float64(f) for f in fishers])
     assert share_off_by_more_than_a_unit(found, expected) <= 0.001
+
+
+@pytest.mark.parametrize("shape", [(751, 1003), (1, 3), (0, 4)], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if find_method(c.method).raw], ids=str)
+def test_read_as_it_lies_or_widened_first_the_bits_are_the_same(case, shape):
+    """Several blocks, lengths that no vector divides, and NaN and infinity in some places."""
+    given = Models(torch.bfloat16, case.count, shape=shape)
+    for i, model in enumerate(given.models):
+        some = model.view(-1)[i : i + 3]
+        some[:] = torch.tensor([math.nan, math.inf, -math.inf])[: len(some)]
+    base = given.base if case.base else None
+    found = merge(case.method, given.models, base, parameters=case.parameters)
+    wide = [model.float() for model in given.models]
+    expected = merge(
+        case.method, wide, None if base is None else base.float(), parameters=case.parameters
+    )
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found.nan_to_num(nan=7), expected.bfloat16().nan_to_num(nan=7))
+
+
+@pytest.mark.parametrize("name", ["linear", "task_arithmetic", "ties", "breadcrumbs_ties"])
+def test_the_loops_that_read_bfloat16_give_the_bits_of_plain_torch(name):
+    case = next(case for case in CASES if case.method == name)
+    given = Models(torch.bfloat16, case.count, shape=(751, 1003))
+    base = given.base if case.base else None
+    fused = merge(name, given.models, base, parameters=case.parameters)
+    with plain_loops():
+        assert torch.equal(fused, merge(name, given.models, base, parameters=case.parameters))
 
 
 def test_every_builtin_method_is_here():

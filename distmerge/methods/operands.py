@@ -1,0 +1,74 @@
+"""What a method makes of its operands first, in the dtype that the file holds them in.
+
+A method that is declared `raw` gets bfloat16 as it was read and goes through these functions, which
+compute in float32 whatever they are given: what they return is the same as if every operand had
+been widened before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distmerge.methods.fusion import flat, fused_loops
+
+Bits = np.ndarray[Any, Any]
+
+
+def reads_raw(x: Tensor) -> bool:
+    """Can the fused loops work on what was read as it is?"""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and fused_loops() is not None
+
+
+def raw_loops(*xs: Tensor) -> ModuleType | None:
+    """The loops that read bfloat16, if all of these are."""
+    fused = fused_loops()
+    if fused is None or not all(reads_raw(x) for x in xs):
+        return None
+    from distmerge.methods import raw_kernels
+
+    return raw_kernels
+
+
+def bits(x: Tensor) -> Bits:
+    """The bits of bfloat16, in row-major order."""
+    return x.detach().reshape(-1).view(torch.int16).numpy().view(np.uint16)
+
+
+def widened(x: Tensor) -> Tensor:
+    """What arithmetic is done on: float32, or wider where it was read so."""
+    return x.float() if x.dtype == torch.bfloat16 else x
+
+
+def differences(models: Sequence[Tensor], base: Tensor) -> list[Tensor]:
+    """The task vectors, models minus base. They lie one behind the other in one tensor."""
+    loops = raw_loops(base, *models)
+    if loops is None:
+        base = widened(base)
+        out = base.new_empty((len(models), *base.shape))
+        for row, model in zip(out, models, strict=True):
+            torch.sub(widened(model), base, out=row)
+    else:
+        out = torch.empty((len(models), *base.shape))
+        before = bits(base)
+        for row, model in zip(out, models, strict=True):
+            loops.difference(bits(model), before, flat(row))
+    return list(out)
+
+
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Float32 tensors of one shape as the flat rows of one: `differences` are, without a copy."""
+    first, size = parts[0], parts[0].numel()
+    begins = [part.data_ptr() - first.data_ptr() for part in parts]
+    if begins == [i * size * first.itemsize for i in range(len(parts))] and all(
+        part.is_contiguous()
+        and part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        for part in parts
+    ):
+        return first.as_strided((len(parts), size), (size, 1))
+    return torch.stack([part.reshape(-1) for part in parts])
