@@ -20,7 +20,7 @@ from torch import Tensor
 from distmerge.errors import DistmergeError, MethodError
 from distmerge.expressions.compute_pool import ComputePool
 from distmerge.expressions.dialogue import SAMPLE, UNKNOWN, Answered, Dialogue, Place
-from distmerge.expressions.program import Call, Compute, Program, Read, operands
+from distmerge.expressions.program import Call, Compute, Program, Read, operands, raw_reads
 from distmerge.methods.blocks import Grid
 from distmerge.methods.operands import reads_raw
 from distmerge.methods.random import Draw
@@ -76,7 +76,8 @@ class Evaluation:
         self.device = torch.device(device)
         calls = {i: s for i, s in enumerate(program.steps) if isinstance(s, Call)}
         self._gatherings = {i: _Gathering() for i, s in calls.items() if self._gathers(s)}
-        self._raw = self._raw_reads()
+        raw = self.device.type == "cpu" and compute_dtype == torch.float32
+        self._raw = raw_reads(program, self._gatherings) if raw else frozenset()
         self._dialogues = {
             i: Dialogue(
                 s,
@@ -102,19 +103,6 @@ class Evaluation:
     def _gathers(self, step: Call) -> bool:
         """Must this method see the whole tensor although it has several blocks?"""
         return not self.grid.streams(step.sees(self.grid.shape))
-
-    def _raw_reads(self) -> frozenset[int]:
-        """Steps that read what only methods see that take it as it was read."""
-        if self.device.type != "cpu" or self.compute_dtype != torch.float32:
-            return frozenset()
-        widened: set[int] = {len(self.program.steps) - 1}
-        for place, step in enumerate(self.program.steps):
-            if isinstance(step, Compute):
-                widened |= {i for i in (step.left, step.right) if i is not None}
-            elif isinstance(step, Call) and not (step.method.raw and place not in self._gatherings):
-                widened |= set(operands(step))
-        reads = (i for i, s in enumerate(self.program.steps) if isinstance(s, Read))
-        return frozenset(reads) - widened
 
     # --- one block
 

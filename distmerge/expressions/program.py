@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -110,3 +110,17 @@ def _moved(step: Step, new: Mapping[int, int]) -> Step:
         inputs = tuple((name, tuple(new[p] for p in members)) for name, members in step.inputs)
         return replace(step, inputs=inputs, base=None if step.base is None else new[step.base])
     return step
+
+
+def raw_reads(program: Program, gathered: Collection[int]) -> frozenset[int]:
+    """Steps that read what only methods see which take it as it was read.
+
+    gathered: steps that call a method whose operands are put together first.
+    """
+    widened = {len(program.steps) - 1}
+    for place, step in enumerate(program.steps):
+        if isinstance(step, Compute):
+            widened |= {i for i in (step.left, step.right) if i is not None}
+        elif isinstance(step, Call) and (place in gathered or not step.method.raw):
+            widened |= set(operands(step))
+    return frozenset(i for i, s in enumerate(program.steps) if isinstance(s, Read)) - widened

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-BLOCK_ELEMENTS = 1 << 19
+BLOCK_ELEMENTS = 1 << 18
 """Elements of a full block: 1 MiB in float32, so that a handful of operands stays in a core's
 L2 cache while a method's operations pass over them one by one."""
 

@@ -30,7 +30,7 @@ def test_all_files_are_the_same_for_any_workers_and_memory(
     allowed = least_memory(what, **options) if memory == "little" else "4GiB"
     decided = plan(what, allowed_mem=allowed, **options)
     largest = max(raw_bytes(task) for unit in decided.units for task in unit.tasks)
-    windows = largest / (decided.memory.arena / 4)
+    windows = largest / (decided.memory.arena / 2)
     assert windows > 3 if memory == "little" else windows <= 1
     assert differing(run(what, tmp_path, workers=workers, allowed_mem=allowed), roomy) == []
     assert len([name for name in roomy if name.startswith("model-")]) >= 3
