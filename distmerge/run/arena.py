@@ -30,10 +30,10 @@ class Arena:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._memory = mmap.mmap(-1, capacity)
+        memory = mmap.mmap(-1, capacity)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            self._memory.madvise(mmap.MADV_HUGEPAGE)
-        self._view = memoryview(self._memory)
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self._view = memoryview(memory)
         self._leases: deque[Lease] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -75,7 +75,10 @@ class Arena:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Wake a waiting `take` with None."""
+        """Wake a waiting `take` with None, and let go of the memory: it goes with the last lease,
+        not when Python's collector comes to whoever held the arena."""
         with self._changed:
             self._closed = True
+            self._leases.clear()
+            self._view = memoryview(b"")
             self._changed.notify_all()

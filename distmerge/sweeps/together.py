@@ -13,6 +13,7 @@ from distmerge.checkpoints.store import OutputStore
 from distmerge.errors import DistmergeError
 from distmerge.plan.memory import MemoryPlan
 from distmerge.plan.plan import Plan
+from distmerge.run.allocator import give_back_freed_memory
 from distmerge.run.bundle import Member, run_side_by_side
 from distmerge.run.events import Event, Listener, told_bytes
 from distmerge.run.merge import check_place, make_way
@@ -32,14 +33,16 @@ def fill(
     listener: Listener,
 ) -> None:
     """Write the shards that are missing at these places."""
+    held: list[tuple[Member, LeaseKeeper]] = []
     with ExitStack() as stack:
-        held: list[tuple[Member, LeaseKeeper]] = []
         for plan, place in zip(plans, places, strict=True):
             with suppress(DistmergeError):  # the merge of its own, which follows, tells
                 found = _begin(plan, place, settings, stack)
                 held += [found] if found else []
         if len(held) > 1:
             _run([m for m, _ in held], [k for _, k in held], memory, settings, stack, listener)
+    held.clear()  # with the members' windows, which the next pass has anew
+    give_back_freed_memory()
 
 
 def _begin(

@@ -65,11 +65,13 @@ class Outcome:
         return found
 
 
-def run(recipe: dict[str, Any], out: Path, allowed: str, *options: str) -> Outcome:
-    """One merge in a process of its own."""
+def run(
+    recipe: dict[str, Any], out: Path, allowed: str, *options: str, command: str = "merge"
+) -> Outcome:
+    """One merge, or sweep, in a process of its own."""
     text, peak = out.with_suffix(".json"), out.with_suffix(".peak")
     text.write_text(json.dumps(recipe))
-    arguments = ["merge", str(text), str(out), "--allowed-mem", allowed, "--json", *options]
+    arguments = [command, str(text), str(out), "--allowed-mem", allowed, "--json", *options]
     done = subprocess.run(
         [sys.executable, MEASURED, peak, *arguments], capture_output=True, text=True, check=False
     )
@@ -185,3 +187,23 @@ def test_workers_on_ray_stay_within_it_too(place):
     )
     assert found.code == 0, found.said
     assert found.event("done")["peak_memory"] <= found.event("plan")["projected_mem"] <= 640 * MiB
+
+
+@pytest.mark.full
+def test_a_sweep_of_64_candidates_stays_within_it(place):
+    shapes = large(24, 8, 4)
+    models = [write(place / str(i), shapes, seed=i) for i in range(3)]
+    made = recipe("ties", models[1:], base_model=models[0])
+    made["grid"] = {
+        "parameters.density": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8],
+        "parameters.lambda": [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0],
+    }
+    found = run(made, place / "out", "700MiB", "--workers", "2", command="sweep")
+    assert found.code == 0, found.said
+    notices = [event["text"] for event in found.events if event["event"] == "notice"]
+    passes = [re.match(r"pass 1 of (\d+), (\d+) candidates", text) for text in notices]
+    ((count, members),) = [map(int, told.groups()) for told in passes if told]
+    assert count > 1, "one pass for all of them needs more"
+    assert members > 1
+    assert found.peak <= 700 * MiB
+    assert len(list((place / "out").glob("*/distmerge.json"))) == 64
