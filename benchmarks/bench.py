@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,11 @@ from benchmarks.tools import CommandFailed, Usage, measure, plain_copy
 
 DISTMERGE = (sys.executable, "-m", "distmerge.cli")
 _UNSYNCED = REPOSITORY / "benchmarks" / "unsynced"
+REST = 1.0
+"""Seconds."""
 _QUIET = {
+    # As where it was installed: modules that are imported once are compiled for good.
+    "PYTHONDONTWRITEBYTECODE": "",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "RAY_AUTH_MODE": "disabled",
@@ -105,11 +110,17 @@ class Bench:
         if not 0.99 < found / nbytes < 1.01:
             raise CommandFailed(f"{found:,} bytes were written, not about {nbytes:,}")
         shutil.rmtree(self.out)
+        self.rest()
+
+    def rest(self) -> None:
+        """Let the disk come to rest, so that no command pays for the one before it."""
+        os.sync()
+        time.sleep(REST)
 
     def clear(self) -> None:
         """Remove an output that a failed run may have left, and let the disk come to rest."""
         shutil.rmtree(self.out, ignore_errors=True)
-        os.sync()
+        self.rest()
 
     def copy(self, models: Iterable[Path], nbytes: int) -> float:
         """Seconds of the plain copy."""
