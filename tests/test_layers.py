@@ -86,6 +86,7 @@ HOMES = {
     "rich": {"cli/tables.py", "demo/walkthrough.py", "plan/describe.py", "run/progress.py"},
     "typer": {"cli/"},
     "numba": {"methods/kernels.py", "methods/random_kernels.py", "methods/raw_kernels.py"},
+    "optuna": {"sweeps/trials.py"},
     "cloudpickle": {"methods/user_code.py", "run/ray_", "sweeps/evaluation.py", "sweeps/ray_"},
 }
 """The files that may import a library: it is part of what they are for."""

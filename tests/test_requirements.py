@@ -45,7 +45,7 @@ def imported(folder: str) -> set[str]:
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("distmerge", []), ("benchmarks", ["bench"]), ("tests", ["test", "bench"])],
+    [("distmerge", ["search"]), ("benchmarks", ["bench"]), ("tests", ["test", "bench"])],
 )
 def test_what_is_imported_is_required(folder, extras):
     needed = imported(folder) - {"distmerge"}
@@ -58,6 +58,6 @@ def test_what_ci_installs_is_pinned_within_its_range():
     lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     pinned = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
-    for name, requirement in required("test", "bench", "dev").items():
+    for name, requirement in required("test", "bench", "search", "dev").items():
         assert pinned[name] in requirement.specifier, f"{requirement} and {name}=={pinned[name]}"
     assert pinned["torch"] == "2.13.0", "a local part such as +cpu names one index's build"

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from distmerge.cli import describing, explaining, looking, merging, options, sweeping
+from distmerge.cli import describing, explaining, looking, merging, options, searching, sweeping
 from distmerge.cli.failures import reported
 from distmerge.cli.mergekit_flags import MergekitCommand
 
@@ -60,6 +60,7 @@ app.command(cls=MergekitCommand)(merging.merge)
 for command in (
     merging.plan,
     sweeping.sweep,
+    searching.search,
     explaining.explain,
     looking.inspect,
     looking.verify,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -72,12 +71,12 @@ def sweep(
     if dry_run:
         show_plan(plan_sweep(wanted, settings, out=out), as_json=as_json)
         return
-    judged = None if as_json or quiet else partial(show_results, keep=wanted.judging.kept)
     with (
         watching(json=as_json, quiet=quiet, told=wanted.warnings) as watcher,
         logged(event_log, watcher) as listener,
     ):
-        run_sweep(wanted, out, settings, listener=listener, told=judged or (lambda results: None))
+        told = (lambda results, by: None) if as_json or quiet else show_results
+        run_sweep(wanted, out, settings, listener=listener, told=told)
 
 
 def show_results(results: Sequence[Result], keep: Keep) -> None:

@@ -68,6 +68,8 @@ def explained(
         reason = raised.headline if isinstance(raised, DistmergeError) else problem["msg"]
         secret = path[:1] == ("storage_options",)
         shown = "" if secret else f", not {redact(repr(problem['input']))[:80]}"
+        if problem["type"] == "too_short" and not problem["input"]:
+            reason, shown = "it is empty, and holds one entry at least", ""
         if isinstance(raised, DistmergeError) or problem["type"] == "missing":
             shown = ""
         mistakes.append(f"{document.where(path)}: {dotted(path)}: {reason}{shown}")

@@ -90,7 +90,9 @@ def load_sweep(
     settings = space.candidates()
     candidates = []
     for name, one in zip(names_of(settings), settings, strict=True):
-        candidates.append(Candidate(name, one, _recipe(name, one, documents, storage_options)))
+        candidates.append(
+            Candidate(name, one, candidate_recipe(name, one, documents, storage_options))
+        )
     told = [text for one in candidates for text in one.recipe.warnings]
     warnings = tuple(dict.fromkeys(told))
     if strict and warnings:
@@ -132,12 +134,13 @@ def setting_text(path: str, value: Any) -> str:
     return f"{path}={text.strip().removesuffix('...').strip()}"
 
 
-def _recipe(
+def candidate_recipe(
     name: str,
     settings: Settings,
     documents: Sequence[Document],
     storage_options: StorageOptions | None,
 ) -> Recipe:
+    """The recipe with a candidate's settings. Raises what `load_recipe` does, with its name."""
     # Whole sections first: a list of models before the weight of one of them.
     paths = sorted(settings, key=lambda path: path.count("."))
     try:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from distmerge.checkpoints.location import Location
+from distmerge.checkpoints.tensors import Checkpoint
 from distmerge.checkpoints.views import parts_of
 from distmerge.errors import DistmergeError, MemoryBudgetError, RecipeError
 from distmerge.expressions.problems import SHOWN
@@ -118,10 +120,17 @@ class SweepPlan:
         return [("evaluated", str(self.scoring)), ("kept", str(self.keep))]
 
 
-def plan_sweep(sweep: Sweep, settings: MergeOptions, *, out: str | None = None) -> SweepPlan:
+def plan_sweep(
+    sweep: Sweep,
+    settings: MergeOptions,
+    *,
+    out: str | None = None,
+    pinned: dict[Location, Checkpoint] | None = None,
+) -> SweepPlan:
     """Open the models, each once, and plan all candidates. Nothing is read but headers.
 
     out: where the candidates are to be written, if that is known: its store takes memory.
+    pinned: models that are open already; those that are opened here are added.
 
     Raises
         DistmergeError: a model can't be used; a candidate can't be merged, or needs more memory.
@@ -129,7 +138,9 @@ def plan_sweep(sweep: Sweep, settings: MergeOptions, *, out: str | None = None) 
     given = settings.storage_options
     options = sweep.candidates[0].recipe.storage_options if given is None else given
     settled = [_named(candidate) for candidate in sweep.candidates]
-    pinned = pin_models((ref for one in settled for ref in one.named()), options)
+    pinned = {} if pinned is None else pinned
+    named = [ref for one in settled for ref in one.named() if ref.location not in pinned]
+    pinned |= pin_models(named, options)
     sending = open_output(out or ".", options).buffers  # a local one, where none is named
     # The recipes hold the overrides already.
     plain = replace(settings, overrides=(), strict=False)

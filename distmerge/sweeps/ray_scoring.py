@@ -5,7 +5,8 @@ What a task is sent is the candidate's plan, and the evaluator by value; scores 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import cloudpickle
@@ -18,7 +19,7 @@ from distmerge.run.ray_cluster import join
 from distmerge.sweeps.scoring import Job, Scored, score, told
 
 
-def score_on_cluster(jobs: Sequence[Job], at_once: int, settings: MergeOptions) -> Iterator[Scored]:
+def score_on_cluster(jobs: Iterable[Job], at_once: int, settings: MergeOptions) -> Iterator[Scored]:
     """As they finish, so many at a time; a task whose process is lost is run again by Ray."""
     started = not ray.is_initialized()
     if started:
@@ -27,14 +28,15 @@ def score_on_cluster(jobs: Sequence[Job], at_once: int, settings: MergeOptions) 
     if settings.device.startswith("cuda"):
         asked["num_gpus"] = 1
     task: Any = ray.remote(max_retries=2, **asked)(_score_there)
-    left = list(jobs)
+    left = iter(jobs)
     running: dict[Any, Job] = {}
     try:
-        while left or running:
-            while left and len(running) < at_once:
-                job = left.pop(0)
+        while True:
+            for job in islice(left, at_once - len(running)):
                 travels_as_code(job.evaluator.function)
                 running[task.remote(cloudpickle.dumps(job))] = job
+            if not running:
+                return
             finished = ray.wait(list(running), num_returns=1)[0][0]
             job = running.pop(finished)
             try:

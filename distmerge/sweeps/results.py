@@ -62,6 +62,15 @@ class Results:
         same = found is not None and (found.digest, found.evaluator) == (digest, evaluator)
         return found if same and found is not None and found.error is None else None
 
+    def holding(self, digest: str, evaluator: str) -> Result | None:
+        """The scores of any candidate that gives these tensors."""
+        found = (self.find(name, digest, evaluator) for name in self._known)
+        return next((one for one in found if one is not None), None)
+
+    def named(self, name: str) -> Result | None:
+        """What there is of a candidate, whether it still holds or not."""
+        return self._known.get(name)
+
     def add(self, result: Result) -> None:
         """Keep a result, durably, instead of an earlier one of the same candidate."""
         self._known.pop(result.name, None)

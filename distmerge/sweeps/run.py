@@ -5,7 +5,7 @@ Each goes to OUT/NAME, and one that fails doesn't stop the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,15 +18,17 @@ from distmerge.run.events import Event, Listener, silent
 from distmerge.run.merge import merge
 from distmerge.run.options import MergeOptions
 from distmerge.sweeps.definition import Candidate, Sweep, load_sweep
+from distmerge.sweeps.evaluation import ALL, Keep
 from distmerge.sweeps.plan import SweepPlan, narrowed, plan_sweep
 from distmerge.sweeps.report import as_html
 from distmerge.sweeps.results import REPORT, TABLE, Result, Results, as_csv, ranked
-from distmerge.sweeps.scoring import Job, Scored, Scoring, score_here
+from distmerge.sweeps.scoring import Job, Scored, Scoring, ShouldStop, never, score_here
 from distmerge.sweeps.together import fill
 from distmerge.write.lease import LeaseKeeper, lease
 from distmerge.write.output import open_output
 
-Told = Callable[[Sequence[Result]], None]
+Told = Callable[[Sequence[Result], Keep], None]
+"""Shows results, ranked as the second says."""
 
 
 def sweep(
@@ -73,7 +75,7 @@ def run_sweep(
     settings: MergeOptions,
     *,
     listener: Listener = silent,
-    told: Told = lambda results: None,
+    told: Told = lambda results, by: None,
 ) -> list[Result]:
     """Score and write a sweep's candidates below `out`; repeated, it does what is missing.
 
@@ -89,7 +91,7 @@ def run_sweep(
     plain = replace(settings, overrides=(), strict=False)
     if decided.scoring is None:
         results = [_fresh(candidate) for candidate in decided.candidates]
-        return _written(decided, range(len(results)), results, out, plain, listener, told)
+        return write_kept(decided, range(len(results)), results, out, plain, listener, told, ALL)
     if out.startswith(HUB_SCHEME):
         raise RecipeError(
             "A sweep that is evaluated can't go to the Hub.",
@@ -98,10 +100,10 @@ def run_sweep(
     output = open_output(out, decided.plans[0].request.storage_options)
     with lease(output) as held:
         results = _score(decided, decided.scoring, output, held, settings, listener)
-        winners = kept(decided, results)
+        winners = kept(decided.keep, results)
         chosen = narrowed(decided, winners, settings)
         try:
-            return _written(chosen, winners, results, out, plain, listener, told)
+            return write_kept(chosen, winners, results, out, plain, listener, told, decided.keep)
         finally:
             held.check()
             output.write_bytes(TABLE, as_csv(results).encode())
@@ -109,13 +111,12 @@ def run_sweep(
                 output.write_bytes(REPORT, as_html(results, decided.keep).encode())
 
 
-def kept(decided: SweepPlan, results: Sequence[Result]) -> list[int]:
+def kept(keep: Keep, results: Sequence[Result]) -> list[int]:
     """The numbers of the candidates that are written, the best first.
 
     Raises
         RecipeError: none has the score that they are chosen by.
     """
-    keep = decided.keep
     scored = [i for i, result in enumerate(results) if result.error is None]
     if keep.metric is None:
         return scored[: keep.count]
@@ -151,7 +152,7 @@ def _score(
     if found:
         text = f"{len(found)} of {len(decided.candidates)} candidates have their scores already"
         listener(Event("notice", {"text": text}))
-    for scored in _scored(jobs, scoring, settings):
+    for scored in scored_by(jobs, scoring.at_once, settings):
         plan = decided.plans[scored.number]
         result = replace(
             _fresh(decided.candidates[scored.number]),
@@ -165,19 +166,23 @@ def _score(
         held.check()
         known.add(result)
         found[scored.number] = result
-        listener(Event("score", {**_summary(result), "done": len(found)}))
+        listener(Event("score", {**score_summary(result), "done": len(found)}))
     return [found[i] for i in range(len(decided.candidates))]
 
 
-def _scored(jobs: Sequence[Job], scoring: Scoring, settings: MergeOptions) -> Iterator[Scored]:
+def scored_by(
+    jobs: Iterable[Job], at_once: int, settings: MergeOptions, should_stop: ShouldStop = never
+) -> Iterator[Scored]:
+    """Jobs as they finish, wherever the engine's workers are."""
     if settings.engine == "local":
-        return score_here(jobs, scoring.at_once)
+        return score_here(jobs, at_once, should_stop)
     from distmerge.sweeps.ray_scoring import score_on_cluster
 
-    return score_on_cluster(jobs, scoring.at_once, settings)
+    return score_on_cluster(jobs, at_once, settings)
 
 
-def _summary(result: Result) -> dict[str, Any]:
+def score_summary(result: Result) -> dict[str, Any]:
+    """What an event tells of it."""
     return {
         "candidate": result.name,
         "scores": dict(result.scores),
@@ -190,29 +195,30 @@ def _fresh(candidate: Candidate) -> Result:
     return Result(candidate.name, candidate.settings)
 
 
-def _written(
-    decided: SweepPlan,
+def write_kept(
+    decided: SweepPlan | None,
     numbers: Sequence[int],
     results: list[Result],
     out: str,
     settings: MergeOptions,
     listener: Listener,
     told: Told,
+    by: Keep,
 ) -> list[Result]:
     """Write these candidates, in `results` under these numbers, and say where they are.
 
     Raises
         SweepFailed: some, of all candidates, failed.
     """
-    failed = _write(decided, out, settings, listener)
-    for number, candidate in zip(numbers, decided.candidates, strict=True):
+    failed = _write(decided, out, settings, listener) if decided else {}
+    for number, candidate in zip(numbers, decided.candidates if decided else (), strict=True):
         error = failed.get(candidate.name)
         results[number] = replace(
             results[number],
             place=place_of(out, candidate) if error is None else None,
             error=None if error is None else error.headline,
         )
-    told(results)
+    told(results, by)
     unscored = {r.name: RecipeError(r.error) for r in results if r.error and r.name not in failed}
     if failed or unscored:
         raise sweep_failed({**unscored, **failed}, len(results))

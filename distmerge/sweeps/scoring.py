@@ -6,10 +6,12 @@ and the others go on. On a cluster `ray_scoring.py` does the same on its nodes.
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 from distmerge.plan.plan import Plan
@@ -19,6 +21,14 @@ from distmerge.sweeps.candidates import least_merging, materialised, merging_byt
 from distmerge.sweeps.distances import comparing_bytes
 from distmerge.sweeps.evaluation import Evaluate, Evaluator, load_evaluator
 from distmerge.sweeps.results import checked_scores
+
+ShouldStop = Callable[[int, int, float], bool]
+"""Told a job's number, how many scores it has yielded before this one, and the score."""
+
+
+def never(number: int, step: int, value: float) -> bool:
+    """Stops nothing."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -44,14 +54,19 @@ class Scoring:
         return {"function": evaluator.name, "given": evaluator.given, "at_once": self.at_once}
 
 
-def plan_scoring(wanted: Evaluate, plans: Sequence[Plan], settings: MergeOptions) -> Scoring:
+def plan_scoring(
+    wanted: Evaluate,
+    plans: Sequence[Plan],
+    settings: MergeOptions,
+    evaluator: Evaluator | None = None,
+) -> Scoring:
     """Load the evaluator, and see that candidates fit into memory.
 
     Raises
         RecipeError, UnknownMethod: the evaluator can't be used.
         MemoryBudgetError: fewer bytes are allowed than the candidates take.
     """
-    evaluator = load_evaluator(wanted)
+    evaluator = evaluator or load_evaluator(wanted)
     here = settings.engine == "local"
     at_once = wanted.at_once or (1 if here else settings.processes)
     allowed = parse_size(settings.allowed_mem)
@@ -87,11 +102,16 @@ class Scored:
     scores: dict[str, float] = field(default_factory=dict)
     distances: dict[str, float] = field(default_factory=dict)
     error: str | None = None
+    stopped: bool = False
+    """Was it ended on the way, since others were better there?"""
     seconds: float = 0.0
 
 
-def score(job: Job) -> Scored:
-    """Evaluate one candidate. Never raises for what the candidate or the evaluator do wrong."""
+def score(job: Job, should_stop: ShouldStop = never) -> Scored:
+    """Evaluate one candidate. Never raises for what the candidate or the evaluator do wrong.
+
+    should_stop: asked with each score that the evaluator yields on the way.
+    """
     began = time.monotonic()
     made = Scored(job.number)
     try:
@@ -100,8 +120,9 @@ def score(job: Job) -> Scored:
             candidate,
             far,
         ):
-            scores = checked_scores(job.evaluator.function(candidate))
-            made = Scored(job.number, scores, far)
+            returned, stopped = _last(job, job.evaluator.function(candidate), should_stop)
+            made = Scored(job.number, {} if stopped else checked_scores(returned), far)
+            made = replace(made, stopped=stopped)
     except Exception as raised:
         made = Scored(job.number, error=told(raised))
     return replace(made, seconds=round(time.monotonic() - began, 3))
@@ -113,13 +134,34 @@ def told(error: Exception) -> str:
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
-def score_here(jobs: Sequence[Job], at_once: int) -> Iterator[Scored]:
-    """In this process's threads, as they finish; stopped, it waits for those that run."""
-    left = list(jobs)
+def _last(job: Job, returned: Any, should_stop: ShouldStop) -> tuple[Any, bool]:
+    """What an evaluator returns, or the last that it yields; and whether it was stopped."""
+    if not inspect.isgenerator(returned):
+        return returned, False
+    last, step = None, 0
+    try:
+        while True:
+            last = next(returned)
+            if should_stop(job.number, step, next(iter(checked_scores(last).values()))):
+                returned.close()
+                return last, True
+            step += 1
+    except StopIteration as end:
+        return last if end.value is None else end.value, False
+
+
+def score_here(
+    jobs: Iterable[Job], at_once: int, should_stop: ShouldStop = never
+) -> Iterator[Scored]:
+    """In this process's threads, as they finish; a job is taken when there is room for it. Stopped,
+    it waits for those that run."""
+    left = iter(jobs)
     running: set[Future[Scored]] = set()
     with ThreadPoolExecutor(at_once, "distmerge-evaluate") as pool:
-        while left or running:
-            while left and len(running) < at_once:
-                running.add(pool.submit(score, left.pop(0)))
+        while True:
+            for job in islice(left, at_once - len(running)):
+                running.add(pool.submit(score, job, should_stop))
+            if not running:
+                return
             done, running = wait(running, return_when=FIRST_COMPLETED)
             yield from (future.result() for future in done)

@@ -95,13 +95,15 @@ class Sample(BaseModel):
 
     model_config = _STRICT
 
-    count: int = Field(ge=1)
+    count: int | None = Field(None, ge=1)
+    """None where a search decides how many."""
     over: Annotated[dict[SettingPath, Axis], Field(min_length=1)]
     seed: int = Field(0, ge=0, lt=1 << 63)
     how: Literal["random", "sobol"] = "sobol"
     """Independent draws, or a scrambled Sobol sequence, which leaves smaller gaps."""
 
     def choices(self) -> Iterator[Settings]:
+        assert self.count is not None
         return points(self.over, self.count, seed=self.seed, sobol=self.how == "sobol")
 
 
@@ -184,7 +186,6 @@ class Space(BaseModel):
                 that nothing sets.
         """
         self._check_size()
-        self._check_paths()
         every = [
             {path: value for part in chosen for path, value in part.items()}
             for chosen in itertools.product(*self._parts())
@@ -224,18 +225,29 @@ class Space(BaseModel):
         if self.sample:
             yield list(self.sample.choices())
 
+    def check_parts(self) -> None:
+        """Raises RecipeError: nothing is varied, or a path is set twice."""
+        if not any(paths for _, paths in self._paths()):
+            raise RecipeError(
+                "There is nothing to sweep over: the space is empty.",
+                fix="grid: {parameters.density: [0.2, 0.5, 0.8]}",
+            )
+        self._check_paths()
+
     def _check_size(self) -> None:
         """Count before anything is made: products grow fast."""
         counts = [len(values) for values in self.grid.values()]
         counts += [self.combinations.count] if self.combinations else []
         counts += [len(next(iter(self.zipped.values())))] if self.zipped else []
         counts += [len(self.listed)] if self.listed else []
-        counts += [self.sample.count] if self.sample else []
-        if not counts:
-            raise RecipeError(
-                "There is nothing to sweep over: the space is empty.",
-                fix="grid: {parameters.density: [0.2, 0.5, 0.8]}",
-            )
+        if self.sample:
+            if self.sample.count is None:
+                raise RecipeError(
+                    "sample doesn't say how many points are drawn.",
+                    fix="sample: {count: 8, over: {...}}",
+                )
+            counts.append(self.sample.count)
+        self.check_parts()
         if math.prod(counts) > MOST_CANDIDATES:
             raise RecipeError(
                 f"The space has {math.prod(counts):,} candidates, and {MOST_CANDIDATES:,} are the "

@@ -1,0 +1,90 @@
+"""`distmerge search`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from distmerge.cli import options
+from distmerge.cli.failures import reported
+from distmerge.cli.merging import ALLOWED_MEM
+from distmerge.cli.sweeping import show_results
+from distmerge.run.progress import watching
+
+
+class SamplerName(StrEnum):
+    """Optuna's, by short names."""
+
+    tpe = "tpe"
+    cmaes = "cmaes"
+    random = "random"
+    qmc = "qmc"
+
+
+class PrunerName(StrEnum):
+    """Optuna's, by short names."""
+
+    none = "none"
+    median = "median"
+    halving = "halving"
+    hyperband = "hyperband"
+
+
+@reported
+def search(
+    space: Annotated[str, typer.Argument(metavar="SWEEP", help="A sweep with evaluate, or -.")],
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="Results, study and what is kept go there.")
+    ],
+    trials: Annotated[int, typer.Option(min=1, help="In all, earlier runs included.")] = 50,
+    sampler: Annotated[SamplerName, typer.Option(help="What proposes.")] = SamplerName.tpe,
+    pruner: Annotated[
+        PrunerName, typer.Option(help="Ends trials whose evaluator yields worse scores.")
+    ] = PrunerName.none,
+    storage: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Of Optuna's study. Default: a database in OUT."),
+    ] = None,
+    engine: options.Engine = options.EngineName.local,
+    address: options.Address = None,
+    workers: options.Workers = None,
+    allowed_mem: options.AllowedMem = ALLOWED_MEM,
+    max_shard_size: options.MaxShardSize = None,
+    out_dtype: options.OutDtype = None,
+    device: options.Device = options.DeviceName.cpu,
+    seed: options.Seed = None,
+    overwrite: options.Overwrite = False,
+    quiet: options.Quiet = False,
+    as_json: options.AsEvents = False,
+    overrides: options.Overrides = None,
+    strict: options.Strict = False,
+    trace: options.Trace = False,
+) -> None:
+    """Search a sweep's space for the best merges."""
+    from distmerge.sweeps.search import search as run
+
+    silent = as_json or quiet
+    with watching(json=as_json, quiet=quiet) as listener:
+        run(
+            space,
+            out,
+            trials=trials,
+            sampler=sampler.value,
+            pruner=pruner.value,
+            storage=storage,
+            told=(lambda results, by: None) if silent else show_results,
+            listener=listener,
+            engine=engine.value,
+            address=address,
+            workers=workers,
+            allowed_mem=allowed_mem,
+            max_shard_size=max_shard_size,
+            out_dtype=out_dtype,
+            device=device.value,
+            seed=seed,
+            overwrite=overwrite,
+            overrides=overrides or (),
+            strict=strict,
+        )
