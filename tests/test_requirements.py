@@ -45,7 +45,7 @@ def imported(folder: str) -> set[str]:
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("distmerge", ["search"]), ("benchmarks", ["bench"]), ("tests", ["test", "bench"])],
+    [("distmerge", ["search"]), ("benchmarks", ["bench"]), ("tests", ["test", "bench", "search"])],
 )
 def test_what_is_imported_is_required(folder, extras):
     needed = imported(folder) - {"distmerge"}

@@ -32,6 +32,7 @@ from distmerge.sweeps.report import as_html
 from distmerge.sweeps.results import REPORT, TABLE, Result, Results, as_csv
 from distmerge.sweeps.run import Told, kept, score_summary, scored_by, write_kept
 from distmerge.sweeps.scoring import Job, Scored, plan_scoring
+from distmerge.sweeps.space import Space
 from distmerge.sweeps.trials import Trials
 from distmerge.write.lease import lease
 from distmerge.write.local_output import LocalOutput
@@ -119,13 +120,8 @@ def search(
     """
     settings = MergeOptions(**options)
     judging = {k: v for k, v in (("evaluate", evaluate), ("keep", keep)) if v is not None}
-    space, judged, documents = read_sweep(definition, judging)
-    space.check_parts()
-    if judged.evaluate is None:
-        raise RecipeError("A search goes by scores.", fix="evaluate: judging.py:score")
-    if pruner != "none" and settings.engine != "local":
-        raise RecipeError("Trials on Ray can't be stopped on the way.", fix="--pruner none")
-    documents = override(documents, settings.overrides)
+    space, judged, documents = _definition(definition, judging, settings, pruner)
+    assert judged.evaluate is not None
     evaluator, by = load_evaluator(judged.evaluate), _ranking(judged)
     output = open_output(out, settings.storage_options)
     with lease(output):
@@ -138,15 +134,9 @@ def search(
             seed=settings.seed or 0,
             lowest=by.lowest,
         )
-        run = _Search(
-            documents=documents,
-            wanted=judged.evaluate,
-            evaluator=evaluator,
-            by=by,
-            settings=replace(settings, overrides=(), strict=False),
-            results=Results(output),
-            listener=listener,
-        )
+        plain = replace(settings, overrides=(), strict=False)
+        kept_at = Results(output)
+        run = _Search(documents, judged.evaluate, evaluator, by, plain, kept_at, listener)
         _try(run, study, trials)
         results = run.tried(study)
         try:
@@ -156,6 +146,19 @@ def search(
         finally:
             output.write_bytes(TABLE, as_csv(results).encode())
             output.write_bytes(REPORT, as_html(results, by).encode())
+
+
+def _definition(
+    definition: Given, judging: Mapping[str, Any], settings: MergeOptions, pruner: str
+) -> tuple[Space, Judging, list[Document]]:
+    """What is searched, by what, in which recipe. Raises RecipeError."""
+    space, judged, documents = read_sweep(definition, judging)
+    space.check_parts()
+    if judged.evaluate is None:
+        raise RecipeError("A search goes by scores.", fix="evaluate: judging.py:score")
+    if pruner != "none" and settings.engine != "local":
+        raise RecipeError("Trials on Ray can't be stopped on the way.", fix="--pruner none")
+    return space, judged, override(documents, settings.overrides)
 
 
 def _ranking(judged: Judging) -> Keep:
