@@ -23,6 +23,7 @@ from rich.text import Text
 
 from distmerge.demo.perplexity import PerplexityRow, merge_margin, perplexity_table
 from distmerge.demo.recipes import MERGES, write_recipes
+from distmerge.demo.sweeping import show_sweep, sweep_strengths, swept_shortfall
 from distmerge.demo.training import DemoModels, no_progress_bars, train_models
 from distmerge.errors import OutputExists
 from distmerge.expressions.compute_pool import one_torch_thread
@@ -65,8 +66,11 @@ def run(folder: Path) -> list[PerplexityRow]:
         pipes = {name: _pipeline(place) for name, place in places.items()}
         _show_texts(pipes, screen)
         table = judge(pipes, models.held_out)
+        tokenizer = pipes["base"].tokenizer
+        swept = sweep_strengths(recipes["ties"], folder / "sweep", models.held_out, tokenizer)
+        show_sweep(swept, screen)
     screen.print(perplexities(table))
-    if sentence := shortfall(table):
+    if sentence := shortfall(table) or swept_shortfall(swept[0], table, MERGES):
         raise SystemExit(sentence)
     _show_way_on(folder, recipes["ties"], screen)
     return table

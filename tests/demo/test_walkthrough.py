@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import math
 import pickle
 import shlex
@@ -19,7 +20,7 @@ import transformers
 from cli.commands import call, start
 from filelock import FileLock
 
-from distmerge.demo import walkthrough
+from distmerge.demo import training, walkthrough
 from distmerge.demo.perplexity import PerplexityRow
 from distmerge.demo.training import DemoModels
 from distmerge.errors import OutputExists
@@ -83,6 +84,22 @@ class TestClaim:
         assert str(walkthrough.shortfall(walkthrough.judge(swapped, some_texts))).startswith(
             "No merge reads the two domains better than "
         )
+
+
+class TestSweep:
+    def test_the_winner_beats_both_parents_on_both_domains_together(self, walked, pipes):
+        (place,) = [path for path in (walked.folder / "sweep").iterdir() if path.is_dir()]
+        winner = transformers.pipeline("text-generation", str(place), device="cpu")
+        held_out = training.held_out_texts()
+        rows = walkthrough.judge({**pipes, "winner": winner}, held_out)
+        means = {row.name: row.mean for row in rows}
+        assert means["winner"] < min(means["law"], means["cooking"])
+        lines = (walked.folder / "sweep" / "results.jsonl").read_text().splitlines()
+        scores = {one["name"]: one["scores"]["perplexity"] for one in map(json.loads, lines)}
+        assert place.name == min(scores, key=lambda name: scores[name])
+        assert scores[place.name] == pytest.approx(math.exp(means["winner"]), rel=1e-4)
+        assert len(scores) == 3
+        assert f"{place.name:11} {scores[place.name]:6.2f}  written" in walked.text
 
 
 class TestMerges:
