@@ -28,11 +28,22 @@ from distmerge.expressions.nodes import (
     walk,
 )
 from distmerge.expressions.problems import Problems
-from distmerge.expressions.program import Call, Compute, Program, Read, Same, Step, needed
+from distmerge.expressions.program import (
+    Call,
+    Compute,
+    Program,
+    Read,
+    Same,
+    Step,
+    leaves_of,
+    needed,
+)
 from distmerge.expressions.scopes import Scope, Scopes, check_moves
 
 _Done = dict[tuple[int, int], int | None]
 """By the identities of a node and of the scope it is built in, its step."""
+_Steps = tuple[tuple[Step, ...], tuple[int, ...]]
+"""Steps, and the leaves that they read."""
 _Kind = tuple[bool | int, ...]
 """All that the steps of a key depend on, where no node treats keys by name."""
 
@@ -62,7 +73,7 @@ class Compiler:
         self._ordinals = _ordinals(root)
         self._merging = True
         self._heads = [n.passthrough for n in walk(root) if isinstance(n, Apply) and n.passthrough]
-        self._alike: dict[_Kind, tuple[Step, ...]] = {}
+        self._alike: dict[_Kind, _Steps] = {}
         check_moves(root, self.scopes)
 
     def program(self, key: str) -> Program | None:
@@ -72,17 +83,19 @@ class Compiler:
             return None
         specs = {i: self.inputs.spec(i, key) for i in have}
         merging = all(dtype in FLOAT_DTYPES for dtype, _ in specs.values())
-        steps = self._steps(key, have, merging=merging)
+        steps, leaves = self._steps(key, have, merging=merging)
         if not steps:
             return None
-        read = {i: specs[i] for i in sorted(_read(steps))}
+        read = {i: specs[i] for i in sorted(leaves)}
         if self.on_shape_mismatch == "error":
             self._check_shapes(key, read)
         elif len({shape for _, shape in read.values()}) > 1:
             return self._unfitting(key, min(read))
         dtypes = {dtype for dtype, _ in read.values()}
         if dtypes <= FLOAT_DTYPES:
-            return Program(key, steps if merging else self._steps(key, have, merging=True))
+            if not merging:
+                steps, leaves = self._steps(key, have, merging=True)
+            return Program(key, steps, leaves)
         if len(dtypes) > 1:
             self.problems.dtypes[key] = [
                 f"{dtype} in {self.inputs.leaves[i]}" for i, (dtype, _) in read.items()
@@ -96,9 +109,9 @@ class Compiler:
         floats = self.inputs.spec(first, key)[0] in FLOAT_DTYPES
         return Program(key, (Read(first) if floats else Same((first,)),))
 
-    def _steps(self, key: str, have: Sequence[int], *, merging: bool) -> tuple[Step, ...]:
-        """The steps that the key needs; copying ones have no parameters. Keys of one kind share
-        them: a mixture of experts has a hundred thousand.
+    def _steps(self, key: str, have: Sequence[int], *, merging: bool) -> _Steps:
+        """The steps that the key needs, and what they read; copying ones have no parameters. Keys
+        of one kind share them: a mixture of experts has a hundred thousand.
 
         have: the leaves that have the key.
         """
@@ -110,9 +123,10 @@ class Compiler:
         noted = len(self.problems.missing)
         root = self._build(self.root, self.scopes.root(self.root, key), built, {})
         steps = () if root is None else tuple(needed(built, root))
+        found = steps, leaves_of(steps)
         if not self._by_name and noted == len(self.problems.missing):
-            self._alike[kind] = steps
-        return steps
+            self._alike[kind] = found
+        return found
 
     def _check_shapes(self, key: str, specs: Mapping[int, tuple[str, tuple[int, ...]]]) -> None:
         if len({shape for _, shape in specs.values()}) > 1:
@@ -271,10 +285,6 @@ def check_models(node: Apply) -> None:
 def _add(steps: list[Step], step: Step) -> int:
     steps.append(step)
     return len(steps) - 1
-
-
-def _read(steps: Sequence[Step]) -> list[int]:
-    return [step.leaf for step in steps if isinstance(step, Read)]
 
 
 def passes(key: str, passthrough: frozenset[str]) -> bool:

@@ -71,13 +71,19 @@ class Program:
 
     key: str
     steps: tuple[Step, ...]
-    leaves: tuple[int, ...] = field(init=False, compare=False, repr=False)
-    """Leaves that are read, in order."""
+    leaves: tuple[int, ...] = field(default=(), compare=False, repr=False)
+    """Leaves that are read, in order; found in the steps unless they are known."""
 
     def __post_init__(self) -> None:
-        read = [s.leaf for s in self.steps if isinstance(s, Read)]
-        same = [leaf for s in self.steps if isinstance(s, Same) for leaf in s.leaves]
-        object.__setattr__(self, "leaves", tuple(dict.fromkeys(read + same)))
+        if not self.leaves:
+            object.__setattr__(self, "leaves", leaves_of(self.steps))
+
+
+def leaves_of(steps: Sequence[Step]) -> tuple[int, ...]:
+    """The leaves that steps read, in order."""
+    read = [s.leaf for s in steps if isinstance(s, Read)]
+    same = [leaf for s in steps if isinstance(s, Same) for leaf in s.leaves]
+    return tuple(dict.fromkeys(read + same))
 
 
 def needed(steps: Sequence[Step], root: int) -> list[Step]:

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from distmerge.checkpoints.safetensors_header import encode_header
-from distmerge.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, FileInfo, TensorInfo
+from distmerge.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, TensorInfo
 from distmerge.checkpoints.views import View, parts_of
 from distmerge.errors import DtypeMismatch, RecipeError
 from distmerge.expressions.alignment import Inputs, Skipped, align, spec_of
@@ -31,7 +31,7 @@ from distmerge.plan.memory import (
     with_views,
 )
 from distmerge.plan.probe import asks_model
-from distmerge.plan.shards import default_shard_size, partition
+from distmerge.plan.shards import default_shard_size, partition, together
 from distmerge.plan.work import KeyTask, Origin, Source, WorkUnit
 from distmerge.write.index import shard_names
 from distmerge.write.shard import STAGING
@@ -188,16 +188,17 @@ def _output(
     leaves = program.leaves
     donor = next((i for i in donors if i in leaves), None)
     first = min(leaves) if donor is None else donor
-    own, shape = inputs.spec(first, key)
+    given = {leaf: inputs.tensors[leaf][key] for leaf in leaves}
+    own, shape = spec_of(given[first])
     if not isinstance(program.steps[0], Same):
-        _check_floats(key, {inputs.spec(leaf, key)[0] for leaf in leaves})
+        _check_floats(key, {spec_of(one)[0] for one in given.values()})
         own = out_dtype or own
     return KeyTask(
         program=program,
         shape=shape,
         dtype=own,
         offset=0,
-        inputs={leaf: inputs.tensors[leaf][key] for leaf in leaves},
+        inputs=given,
         base=donor if len(leaves) > 1 else None,
     )
 
@@ -254,7 +255,7 @@ def _need(task: KeyTask) -> Need:
 def _units(
     tasks: Sequence[KeyTask], inputs: Inputs, max_shard_size: int | None
 ) -> tuple[list[WorkUnit], list[bytes]]:
-    groups = _together(tasks)
+    groups = together(tasks)
     sizes = [sum(TensorInfo(t.dtype, t.shape, "", 0, 0).nbytes for t in g) for g in groups]
     runs = partition(sizes, max_shard_size or default_shard_size(sum(sizes)))
     units, headers = [], []
@@ -268,29 +269,20 @@ def _units(
     return units, headers
 
 
-def _together(tasks: Sequence[KeyTask]) -> list[list[KeyTask]]:
-    """The tasks in order, those that one shard must hold in one list: codes and their scales."""
-    groups: list[list[KeyTask]] = []
-    for task in tasks:
-        if isinstance(task.program.steps[0], Scales):
-            groups[-1].append(task)
-        else:
-            groups.append([task])
-    return groups
-
-
 def _sources(tasks: Sequence[KeyTask], inputs: Inputs) -> dict[Origin, Source]:
-    found: dict[Origin, dict[str, FileInfo]] = {}
+    found: dict[Origin, dict[str, None]] = {}
     for task in tasks:
         for leaf, given in task.inputs.items():
+            if isinstance(given, TensorInfo):  # there may be a hundred thousand: no `Part` for each
+                found.setdefault((leaf, 0), {})[given.file] = None
+                continue
             for part in parts_of(given):
-                files = _checkpoint(inputs, leaf, part.source).files
-                found.setdefault((leaf, part.source), {})[part.info.file] = files[part.info.file]
+                found.setdefault((leaf, part.source), {})[part.info.file] = None
     sources = {}
-    for origin, files in found.items():
-        checkpoint = _checkpoint(inputs, *origin)
-        name = str(inputs.leaves[origin[0]])
-        sources[origin] = Source(name, checkpoint.root, checkpoint.revision, files)
+    for origin, names in found.items():
+        held, name = _checkpoint(inputs, *origin), str(inputs.leaves[origin[0]])
+        files = {file: held.files[file] for file in names}
+        sources[origin] = Source(name, held.root, held.revision, files)
     return sources
 
 

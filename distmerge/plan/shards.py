@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from distmerge.expressions.program import Scales
+from distmerge.plan.work import KeyTask
+
 MB = 1_000_000
 ONE_FILE = 512 * MB
 """Up to this size an output is a single file, unless the user says otherwise."""
@@ -32,3 +35,14 @@ def partition(sizes: Sequence[int], max_shard_size: int) -> list[range]:
     if start < len(sizes):
         shards.append(range(start, len(sizes)))
     return shards
+
+
+def together(tasks: Sequence[KeyTask]) -> list[list[KeyTask]]:
+    """The tasks in order, those that one shard must hold in one list: codes and their scales."""
+    groups: list[list[KeyTask]] = []
+    for task in tasks:
+        if isinstance(task.program.steps[0], Scales):
+            groups[-1].append(task)
+        else:
+            groups.append([task])
+    return groups
