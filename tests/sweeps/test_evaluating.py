@@ -324,6 +324,7 @@ def test_mistakes_are_told_in_words(recipe, tmp_path, keys, error, words):
         distmerge.sweep(recipe, str(tmp_path / "out"), **keys, **OPTIONS)
 
 
+@pytest.mark.full
 def test_killed_in_the_middle_no_score_is_lost_or_made_twice(recipe, tmp_path):
     recipe["grid"] = {"parameters.lambda": [0.1, 0.2, 0.3, 0.4, 0.5]}
     recipe |= {"evaluate": f"{JUDGING}:slow", "keep": "best 2 by score"}

@@ -117,6 +117,7 @@ def test_repeated_it_goes_on_with_the_study(recipe, tmp_path, ends):
     assert study_of(out).best_value == max(r.score for r in more)
 
 
+@pytest.mark.full
 def test_killed_in_the_middle_it_resumes_from_its_storage(recipe, tmp_path):
     recipe |= {"evaluate": f"{JUDGING}:slow", "keep": "best 1 by score"}
     path, out = tmp_path / "sweep.yml", tmp_path / "out"
