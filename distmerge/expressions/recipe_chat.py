@@ -13,7 +13,7 @@ from distmerge.expressions.chat_templates import (
     with_template,
 )
 from distmerge.expressions.nodes import Leaf
-from distmerge.expressions.tokenizer_files import NAMES, TokenizerFiles
+from distmerge.expressions.tokenizer_files import CONFIG, NAMES, TokenizerFiles
 from distmerge.expressions.vocabularies import read_files
 
 
@@ -47,6 +47,6 @@ def in_one_template(
                 f"{where}: {donor} has no tokenizer that could have a chat template.",
                 fix="leave 'chat_template:' out, or say whose tokenizer it is: config_from: ...",
             )
-        kept = {name: files[name] for name in files if name == "tokenizer_config.json"}
+        kept = {CONFIG: files[CONFIG]} if CONFIG in files else {}
         tokenizer = TokenizerFiles(kept, frozenset())
     return with_template(template, tokenizer, donor.checkpoint.files, str(donor)), ()

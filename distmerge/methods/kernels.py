@@ -18,14 +18,13 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from distmerge.methods.random_kernels import CHUNK
 from distmerge.methods.random_kernels import keep_at_random as keep_at_random
 from distmerge.methods.random_kernels import keep_between as keep_between
 from distmerge.methods.random_kernels import keep_by_rank as keep_by_rank
 
 Array = np.ndarray[Any, Any]
 
-CHUNK = 1024
-"""Elements whose intermediate results fit into the first-level cache together."""
 LANES = 256
 """Sums run side by side: as many as hide how long an addition takes."""
 

@@ -27,8 +27,7 @@ def reads_raw(x: Tensor) -> bool:
 
 def raw_loops(*xs: Tensor) -> ModuleType | None:
     """The loops that read bfloat16, if all of these are."""
-    fused = fused_loops()
-    if fused is None or not all(reads_raw(x) for x in xs):
+    if not all(map(reads_raw, xs)):
         return None
     from distmerge.methods import raw_kernels
 

@@ -14,7 +14,7 @@ from numba import njit
 Array = np.ndarray[Any, Any]
 
 CHUNK = 1024
-"""Elements that stay in the first-level cache from one loop to the next."""
+"""Elements whose intermediate results fit into the first-level cache together."""
 CELLS = 1024
 """Cells that a row's magnitudes are counted in."""
 CELL_SHIFT = 16

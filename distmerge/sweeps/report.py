@@ -12,7 +12,7 @@ from html import escape
 from typing import Any
 
 from distmerge.sweeps.evaluation import Keep
-from distmerge.sweeps.results import Result, leading, ranked
+from distmerge.sweeps.results import Result, leading, parent_names, ranked, score_names
 
 WIDTH, HEIGHT, EDGE = 420, 260, 46
 """Of a drawing, and the room around its axes, in pixels."""
@@ -153,8 +153,7 @@ def _told(result: Result) -> str:
 
 
 def _table(best: Sequence[Result], results: Sequence[Result]) -> str:
-    scores = list(dict.fromkeys(name for one in results for name in one.scores))
-    parents = list(dict.fromkeys(name for one in results for name in one.distances))
+    scores, parents = score_names(results), parent_names(results)
     heads = ["", "candidate", *scores, *(f"distance from {p}" for p in parents), "written to"]
     rows = [
         [str(rank), one.name, *(_number(one.scores.get(name)) for name in scores)]

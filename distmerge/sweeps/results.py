@@ -59,8 +59,9 @@ class Results:
     def find(self, name: str, digest: str, evaluator: str) -> Result | None:
         """The candidate's scores, if it has some that still hold."""
         found = self._known.get(name)
-        same = found is not None and (found.digest, found.evaluator) == (digest, evaluator)
-        return found if same and found is not None and found.error is None else None
+        if found is None or found.error is not None:
+            return None
+        return found if (found.digest, found.evaluator) == (digest, evaluator) else None
 
     def holding(self, digest: str, evaluator: str) -> Result | None:
         """The scores of any candidate that gives these tensors."""
@@ -79,11 +80,20 @@ class Results:
         self._output.write_bytes(LINES, "".join(lines).encode())
 
 
+def score_names(results: Iterable[Result]) -> list[str]:
+    """Of all scores that there are."""
+    return list(dict.fromkeys(name for one in results for name in one.scores))
+
+
+def parent_names(results: Iterable[Result]) -> list[str]:
+    """Of all models that distances are known from."""
+    return list(dict.fromkeys(name for one in results for name in one.distances))
+
+
 def as_csv(results: Sequence[Result]) -> str:
     """A column for each setting, score, and for what became of the candidate."""
     settings = list(dict.fromkeys(path for one in results for path in one.settings))
-    scores = list(dict.fromkeys(name for one in results for name in one.scores))
-    parents = list(dict.fromkeys(name for one in results for name in one.distances))
+    scores, parents = score_names(results), parent_names(results)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     parents_columns = [f"distance from {name}" for name in parents]
@@ -107,15 +117,15 @@ def ranked(results: Iterable[Result], metric: str, *, lowest: bool) -> list[Resu
 def leading(results: Sequence[Result], keep: Keep) -> tuple[str, bool]:
     """The score that candidates are ranked by, and whether low ones are good: what `keep` goes by,
     else the first."""
-    names = list(dict.fromkeys(name for one in results for name in one.scores))
-    if keep.metric in names and keep.metric is not None:
+    names = score_names(results)
+    if keep.metric is not None and keep.metric in names:
         return keep.metric, keep.lowest
     return names[0], is_better_low(names[0])
 
 
 def leaderboard(results: Sequence[Result], keep: Keep) -> tuple[list[str], list[list[str]]]:
     """Columns, and a row for each candidate, the best first, those that failed last."""
-    names = list(dict.fromkeys(name for one in results for name in one.scores))
+    names = score_names(results)
     failed = [one for one in results if one.error is not None]
     if not names:
         return [], []

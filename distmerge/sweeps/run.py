@@ -18,10 +18,18 @@ from distmerge.run.events import Event, Listener, silent
 from distmerge.run.merge import merge
 from distmerge.run.options import MergeOptions
 from distmerge.sweeps.definition import Candidate, Sweep, load_sweep
-from distmerge.sweeps.evaluation import ALL, Keep
+from distmerge.sweeps.evaluation import ALL, Evaluator, Keep
 from distmerge.sweeps.plan import SweepPlan, narrowed, plan_sweep
 from distmerge.sweeps.report import as_html
-from distmerge.sweeps.results import REPORT, TABLE, Result, Results, as_csv, ranked
+from distmerge.sweeps.results import (
+    REPORT,
+    TABLE,
+    Result,
+    Results,
+    as_csv,
+    ranked,
+    score_names,
+)
 from distmerge.sweeps.scoring import Job, Scored, Scoring, ShouldStop, never, score_here
 from distmerge.sweeps.together import fill
 from distmerge.write.lease import LeaseKeeper, lease
@@ -106,9 +114,14 @@ def run_sweep(
             return write_kept(chosen, winners, results, out, plain, listener, told, decided.keep)
         finally:
             held.check()
-            output.write_bytes(TABLE, as_csv(results).encode())
-            if any(result.scores for result in results):
-                output.write_bytes(REPORT, as_html(results, decided.keep).encode())
+            write_tables(output, results, decided.keep)
+
+
+def write_tables(output: OutputStore, results: Sequence[Result], keep: Keep) -> None:
+    """The results for spreadsheets, and for people if there are scores."""
+    output.write_bytes(TABLE, as_csv(results).encode())
+    if any(result.scores for result in results):
+        output.write_bytes(REPORT, as_html(results, keep).encode())
 
 
 def kept(keep: Keep, results: Sequence[Result]) -> list[int]:
@@ -122,7 +135,7 @@ def kept(keep: Keep, results: Sequence[Result]) -> list[int]:
         return scored[: keep.count]
     best = ranked(results, keep.metric, lowest=keep.lowest)[: keep.count]
     if scored and not best:
-        names = dict.fromkeys(name for result in results for name in result.scores)
+        names = score_names(results)
         raise RecipeError(
             f"keep: {keep}, and no candidate has a score {keep.metric!r}.",
             f"the evaluator returned {', '.join(names)}",
@@ -153,16 +166,8 @@ def _score(
         text = f"{len(found)} of {len(decided.candidates)} candidates have their scores already"
         listener(Event("notice", {"text": text}))
     for scored in scored_by(jobs, scoring.at_once, settings):
-        plan = decided.plans[scored.number]
-        result = replace(
-            _fresh(decided.candidates[scored.number]),
-            scores=scored.scores,
-            distances=scored.distances,
-            error=scored.error,
-            seconds=scored.seconds,
-            digest=plan.digest,
-            evaluator=evaluator.digest,
-        )
+        candidate, plan = decided.candidates[scored.number], decided.plans[scored.number]
+        result = result_of(candidate, scored, plan.digest, evaluator)
         held.check()
         known.add(result)
         found[scored.number] = result
@@ -179,6 +184,20 @@ def scored_by(
     from distmerge.sweeps.ray_scoring import score_on_cluster
 
     return score_on_cluster(jobs, at_once, settings)
+
+
+def result_of(candidate: Candidate, scored: Scored, digest: str, evaluator: Evaluator) -> Result:
+    """What is kept of an evaluation. digest: of the candidate's plan."""
+    return Result(
+        candidate.name,
+        candidate.settings,
+        scored.scores,
+        distances=scored.distances,
+        error=scored.error,
+        seconds=scored.seconds,
+        digest=digest,
+        evaluator=evaluator.digest,
+    )
 
 
 def score_summary(result: Result) -> dict[str, Any]:

@@ -78,21 +78,28 @@ def points(
     over: Mapping[str, Range | list[Any]], count: int, *, seed: int, sobol: bool
 ) -> Iterator[dict[str, Any]]:
     """`count` points, path -> value."""
-    for shares in _shares(len(over), count, seed, sobol=sobol):
-        yield {
-            path: one.at(share) if isinstance(one, Range) else one[int(share * len(one))]
-            for (path, one), share in zip(over.items(), shares, strict=True)
-        }
+    shares = sobol_shares if sobol else _random_shares
+    for drawn in shares(len(over), count, seed):
+        yield {path: at(one, share) for (path, one), share in zip(over.items(), drawn, strict=True)}
 
 
-def _shares(dimensions: int, count: int, seed: int, *, sobol: bool) -> Iterator[list[float]]:
-    """Numbers from 0 to 1, without 1."""
-    if sobol:
-        import torch
+def at(axis: Range | list[Any], share: float) -> Any:
+    """What lies at a share of the way along an axis, 0 to 1 without 1."""
+    return axis.at(share) if isinstance(axis, Range) else axis[int(share * len(axis))]
 
-        engine = torch.quasirandom.SobolEngine(dimensions, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
-        yield from engine.draw(count, dtype=torch.float64).clamp_(0, 1 - 2**-53).tolist()
-        return
+
+def sobol_shares(dimensions: int, count: int, seed: int, first: int = 0) -> list[list[float]]:
+    """Points of a scrambled Sobol sequence from number `first` on: shares, 0 to 1 without 1."""
+    import torch
+
+    engine = torch.quasirandom.SobolEngine(dimensions, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
+    engine.fast_forward(first)  # type: ignore[no-untyped-call]
+    found: list[list[float]] = (
+        engine.draw(count, dtype=torch.float64).clamp_(0, 1 - 2**-53).tolist()
+    )
+    return found
+
+
+def _random_shares(dimensions: int, count: int, seed: int) -> list[list[float]]:
     draw = random.Random(seed)
-    for _ in range(count):
-        yield [draw.random() for _ in range(dimensions)]
+    return [[draw.random() for _ in range(dimensions)] for _ in range(count)]

@@ -68,7 +68,7 @@ def plan_scoring(
     """
     evaluator = evaluator or load_evaluator(wanted)
     here = settings.engine == "local"
-    at_once = wanted.at_once or (1 if here else settings.processes)
+    at_once = evaluated_at_once(wanted, settings)
     allowed = parse_size(settings.allowed_mem)
     each = at_once if here else 1  # on a cluster every candidate has a process
     comparing = wanted.distances
@@ -79,6 +79,11 @@ def plan_scoring(
     beside = beside if comparing else 0
     merging = merging_bytes(plans, evaluator.given, each, allowed, beside)
     return Scoring(evaluator, at_once, merging, comparing)
+
+
+def evaluated_at_once(wanted: Evaluate, settings: MergeOptions) -> int:
+    """Candidates: one, or on a cluster one a worker, unless it is said."""
+    return wanted.at_once or (1 if settings.engine == "local" else settings.processes)
 
 
 @dataclass(frozen=True)

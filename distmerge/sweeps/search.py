@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from distmerge.checkpoints.location import HUB_SCHEME, Location
+from distmerge.checkpoints.location import Location
+from distmerge.checkpoints.store import OutputStore
 from distmerge.checkpoints.tensors import Checkpoint
 from distmerge.errors import DistmergeError, RecipeError
 from distmerge.expressions.recipe_text import Document, Given, override
@@ -28,10 +29,17 @@ from distmerge.sweeps.evaluation import (
 )
 from distmerge.sweeps.names import names_of
 from distmerge.sweeps.plan import SweepPlan, plan_sweep
-from distmerge.sweeps.report import as_html
-from distmerge.sweeps.results import REPORT, TABLE, Result, Results, as_csv
-from distmerge.sweeps.run import Told, kept, score_summary, scored_by, write_kept
-from distmerge.sweeps.scoring import Job, Scored, plan_scoring
+from distmerge.sweeps.results import Result, Results
+from distmerge.sweeps.run import (
+    Told,
+    kept,
+    result_of,
+    score_summary,
+    scored_by,
+    write_kept,
+    write_tables,
+)
+from distmerge.sweeps.scoring import Job, Scored, evaluated_at_once, plan_scoring
 from distmerge.sweeps.space import Space
 from distmerge.sweeps.trials import Trials
 from distmerge.write.lease import lease
@@ -144,8 +152,7 @@ def search(
             chosen = run.plan_of([results[i] for i in winners], out) if winners else None
             return write_kept(chosen, winners, results, out, run.settings, listener, told, by)
         finally:
-            output.write_bytes(TABLE, as_csv(results).encode())
-            output.write_bytes(REPORT, as_html(results, by).encode())
+            write_tables(output, results, by)
 
 
 def _definition(
@@ -171,9 +178,7 @@ def _ranking(judged: Judging) -> Keep:
 
 def _try(run: _Search, study: Trials, trials: int) -> None:
     """Evaluate until the study has so many trials."""
-    at_once = run.wanted.at_once or (
-        1 if run.settings.engine == "local" else run.settings.processes
-    )
+    at_once = evaluated_at_once(run.wanted, run.settings)
     for scored in scored_by(_jobs(run, study, trials), at_once, run.settings, study.should_stop):
         candidate, digest = run.digests.pop(scored.number)
         _note(run, study, candidate, digest, scored)
@@ -210,25 +215,16 @@ def _note(run: _Search, study: Trials, candidate: Candidate, digest: str, scored
         study.tell_stopped(number)
         run.listener(Event("notice", {"text": f"{candidate.name} was stopped on the way"}))
         return
-    error = scored.error
-    if error is None and metric not in scored.scores:
+    if scored.error is None and metric not in scored.scores:
         names = ", ".join(scored.scores)
         error = f"there is no score {metric!r} to go by among {names}: keep: best 1 by NAME"
-    result = Result(
-        candidate.name,
-        candidate.settings,
-        scored.scores if error is None else {},
-        distances=scored.distances,
-        error=error,
-        seconds=scored.seconds,
-        digest=digest,
-        evaluator=run.evaluator.digest,
-    )
+        scored = replace(scored, scores={}, error=error)
+    result = result_of(candidate, scored, digest, run.evaluator)
     run.results.add(result)
-    if error is None:
-        study.tell(number, candidate.name, scored.scores[metric])
+    if result.error is None:
+        study.tell(number, candidate.name, result.scores[metric])
     else:
-        study.tell_failed(number, candidate.name, error)
+        study.tell_failed(number, candidate.name, result.error)
     run.listener(Event("score", {**score_summary(result), "done": study.done}))
 
 
@@ -239,8 +235,8 @@ def _study_name(documents: Sequence[Document], evaluator: Evaluator, metric: str
     return f"distmerge-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
 
 
-def _storage_in(output: Any, out: str) -> str:
-    if out.startswith(HUB_SCHEME) or not isinstance(output, LocalOutput):
+def _storage_in(output: OutputStore, out: str) -> str:
+    if not isinstance(output, LocalOutput):
         raise RecipeError(
             f"A search to {out} needs a place for its study.", fix="--storage sqlite:///study.db"
         )

@@ -218,12 +218,16 @@ class Space(BaseModel):
         for path, values in self.grid.items():
             yield [{path: value} for value in values]
         if self.zipped:
-            rows = zip(*self.zipped.values(), strict=True)
-            yield [dict(zip(self.zipped, row, strict=True)) for row in rows]
+            yield self.zipped_rows()
         if self.listed:
             yield list(self.listed)
         if self.sample:
             yield list(self.sample.choices())
+
+    def zipped_rows(self) -> builtins.list[Settings]:
+        """What goes side by side."""
+        rows = zip(*self.zipped.values(), strict=True)
+        return [dict(zip(self.zipped, row, strict=True)) for row in rows]
 
     def check_parts(self) -> None:
         """Raises RecipeError: nothing is varied, or a path is set twice."""

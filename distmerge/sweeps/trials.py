@@ -9,17 +9,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from distmerge.errors import RecipeError
-from distmerge.sweeps.sampling import DIGITS, Range
+from distmerge.sweeps.sampling import DIGITS, Range, at, sobol_shares
 from distmerge.sweeps.space import Settings, Space, fits
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
 
-SamplerName = Literal["tpe", "cmaes", "random", "qmc"]
-PrunerName = Literal["none", "median", "halving", "hyperband"]
 _SAMPLERS = {
     "tpe": "TPESampler",
     "cmaes": "CmaEsSampler",
@@ -153,8 +151,7 @@ def axes_of(space: Space) -> dict[str, Range | list[Any]]:
         found["combinations"] = list(space.combinations.choices())
     found |= space.grid
     if space.zipped:
-        rows = zip(*space.zipped.values(), strict=True)
-        found["zip"] = [dict(zip(space.zipped, row, strict=True)) for row in rows]
+        found["zip"] = space.zipped_rows()
     if space.listed:
         found["list"] = list(space.listed)
     return found | (space.sample.over if space.sample else {})
@@ -180,16 +177,10 @@ def suggest(trial: Trial, space: Space) -> Settings:
 def _sobol_point(space: Space, number: int, seed: int) -> dict[str, Any]:
     """The parameters of a trial at a point of a scrambled Sobol sequence. Optuna's own sampler of
     that kind needs SciPy, which nothing else here does."""
-    import torch
-
     axes = axes_of(space)
-    engine = torch.quasirandom.SobolEngine(len(axes), scramble=True, seed=seed)  # type: ignore[no-untyped-call]
-    engine.fast_forward(number)  # type: ignore[no-untyped-call]
-    shares = engine.draw(1, dtype=torch.float64)[0].clamp_(0, 1 - 2**-53).tolist()
-    return {
-        name: axis.at(share) if isinstance(axis, Range) else _text(axis[int(share * len(axis))])
-        for (name, axis), share in zip(axes.items(), shares, strict=True)
-    }
+    (shares,) = sobol_shares(len(axes), 1, seed, first=number)
+    found = {name: at(axis, s) for (name, axis), s in zip(axes.items(), shares, strict=True)}
+    return {n: v if isinstance(axes[n], Range) else _text(v) for n, v in found.items()}
 
 
 def _text(value: Any) -> str:
