@@ -7,10 +7,8 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 import xml.etree.ElementTree
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from run.family import save_model, weight_bytes
 from run.merging import small_models
 from small_models import gpt2, save
 from sweeps import judging
+from sweeps.killing import kill_at_the_third_call
 
 import distmerge
 from distmerge.errors import MemoryBudgetError, RecipeError, SweepFailed, UnknownMethod
@@ -331,19 +330,10 @@ def test_killed_in_the_middle_no_score_is_lost_or_made_twice(recipe, tmp_path):
     path, out = tmp_path / "sweep.yml", tmp_path / "out"
     path.write_text(yaml.safe_dump(recipe))
     command = [sys.executable, "-m", "distmerge.cli", "sweep", path, out]
-    environment = {**os.environ, "JUDGING": str(tmp_path)}
-    running = subprocess.Popen(command, env=environment)
+    environment = kill_at_the_third_call(command, tmp_path)
     calls = tmp_path / "calls"
-    until = time.monotonic() + 300
-    while not (calls.exists() and calls.stat().st_size == 3):
-        assert running.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
     before = lines(out)
     assert [one["name"] for one in before] == ["lambda=0.1", "lambda=0.2"]
-    (tmp_path / "go").touch()
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=True, timeout=300
     )

@@ -4,11 +4,8 @@ merges; a stopped search goes on from its storage."""
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 
 import optuna
 import pytest
@@ -16,6 +13,7 @@ import yaml
 from run.family import save_model, weight_bytes
 from run.merging import small_models
 from sweeps import judging
+from sweeps.killing import kill_at_the_third_call
 
 import distmerge
 from distmerge.errors import RecipeError
@@ -125,21 +123,12 @@ def test_killed_in_the_middle_it_resumes_from_its_storage(recipe, tmp_path):
     storage = f"sqlite:///{tmp_path}/elsewhere.db"
     command = [sys.executable, "-m", "distmerge.cli", "search", path, out]
     command += ["--trials", "5", "--storage", storage]
-    environment = {**os.environ, "JUDGING": str(tmp_path)}
-    running = subprocess.Popen(command, env=environment)
+    environment = kill_at_the_third_call(command, tmp_path)
     calls = tmp_path / "calls"
-    until = time.monotonic() + 300
-    while not (calls.exists() and calls.stat().st_size == 3):
-        assert running.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
     before = lines(out)
     assert len(before) == 2
     (name,) = optuna.get_all_study_names(storage)
     stopped = optuna.load_study(study_name=name, storage=storage).trials[-1]
-    (tmp_path / "go").touch()
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, check=True, timeout=300
     )
