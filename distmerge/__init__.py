@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from distmerge.methods.task_vectors import ties
     from distmerge.run.merge import merge
     from distmerge.sweeps.run import sweep
+    from distmerge.sweeps.search import search
 
 __all__ = [
     "AccessDenied",
@@ -121,6 +122,7 @@ __all__ = [
     "model_merge",
     "open",
     "save_importance",
+    "search",
     "slerp",
     "soup",
     "stock",
@@ -150,6 +152,7 @@ _HOMES = {
     "model_merge": "methods.declare",
     "open": "expressions.lazy:open_lazy",
     "save_importance": "importance",
+    "search": "sweeps.search",
     "slerp": "methods.spherical",
     "soup": "methods.linear:linear",
     "stock": "methods.stock:model_stock",

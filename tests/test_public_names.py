@@ -20,7 +20,7 @@ LazyStateDict MalformedCheckpoint MemoryBudgetError MethodError MismatchError No
 OutputError OutputExists OutputLocked ParameterError PerModel ReadFailed RecipeError ShapeMismatch
 SourceChanged StateDict SweepFailed UnknownMethod VerificationFailed WorkerLost cutoff dare
 dict_map dots estimate_fisher find_method fisher keep_above largest layer_merge max_magnitude median
-merge model_merge open save_importance slerp soup stock sweep task ties
+merge model_merge open save_importance search slerp soup stock sweep task ties
 total
 """
 PUBLIC = NAMES.split()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,14 +40,18 @@ class Document:
     """One-based; empty for a recipe given as a dict."""
     text: str | None = field(repr=False, default=None)
     """As it was written, if it was."""
-    overridden: tuple[KeyPath, ...] = ()
+    overridden: Mapping[KeyPath, str] = field(default_factory=dict)
+    """How their author gave values that stand in no file: `--set seed`."""
     warnings: tuple[str, ...] = ()
 
     def where(self, path: KeyPath) -> str:
         """`recipe.yml, line 7`, or the nearest that is known."""
         for end in range(len(path), 0, -1):
             if path[:end] in self.overridden:
-                return f"--set {dotted(path[:end])}"
+                return self.overridden[path[:end]]
+            below = next((p for p in self.overridden if p[:end] == path[:end]), None)
+            if below is not None and path[:end] not in self.lines:
+                return self.overridden[below]
             if path[:end] in self.lines:
                 return f"{self.origin}, line {self.lines[path[:end]]}"
         return f"{self.origin}, {dotted(path)}" if path and not self.lines else self.origin
@@ -122,23 +126,42 @@ def at_path(data: Any, path: KeyPath) -> Any:
     return data
 
 
-def override(documents: Sequence[Document], overrides: Sequence[str]) -> list[Document]:
+Spelling = Callable[[str], str]
+"""What messages call a path, as its author gave it."""
+
+
+def by_option(path: str) -> str:
+    """It was given on the command line."""
+    return f"--set {path}"
+
+
+def override(
+    documents: Sequence[Document], overrides: Sequence[str], spelling: Spelling = by_option
+) -> list[Document]:
     """The documents with `a.b=1` and the like applied: to the one whose name comes first in the
     path, else to the one without a name, else to the last. Raises what `apply_overrides` does.
     """
     found = list(documents)
     if len(found) == 1:
-        return [apply_overrides(found[0], overrides)]
+        return [apply_overrides(found[0], overrides, spelling)]
     names = [document.data.get("name") for document in found]
     last = names.index(None) if None in names else len(names) - 1
     for one in overrides:
         head, _, rest = one.partition(".")
-        at = names.index(head) if head in names else last
-        found[at] = apply_overrides(found[at], [rest if head in names else one])
+        named = head in names
+        at = names.index(head) if named else last
+        told = spelling(one.partition("=")[0])
+        found[at] = apply_overrides(found[at], [rest if named else one], _always(told))
     return found
 
 
-def apply_overrides(document: Document, overrides: Sequence[str]) -> Document:
+def _always(told: str) -> Spelling:
+    return lambda path: told
+
+
+def apply_overrides(
+    document: Document, overrides: Sequence[str], spelling: Spelling = by_option
+) -> Document:
     """The document with `a.b=1` and the like applied, in order; list items go by number.
 
     Values are YAML. Mappings that are missing on the way are made; whether their keys mean
@@ -148,31 +171,31 @@ def apply_overrides(document: Document, overrides: Sequence[str]) -> Document:
         RecipeError: no `=`, a number past a list's end, a path through a plain value.
     """
     data: Any = _copy(document.data)
-    paths: list[KeyPath] = []
+    paths: dict[KeyPath, str] = {}
     for override in overrides:
-        spelling, equals, text = override.partition("=")
-        steps = spelling.strip().split(".")
+        path, equals, text = override.partition("=")
+        steps, told = path.strip().split("."), spelling(path)
         if not equals or not all(steps):
             raise RecipeError(
                 f"--set {redact(override)!r} is not of the form key=value.",
                 fix="--set parameters.weight=0.4",
             )
-        paths.append(_assign(data, steps, read_yaml(text, f"--set {spelling}").data, spelling))
+        paths[_assign(data, steps, read_yaml(text, told).data, told)] = told
     lines = {p: n for p, n in document.lines.items() if not any(p[: len(o)] == o for o in paths)}
     return Document(
         data,
         document.origin,
         lines,
         document.text,
-        (*document.overridden, *paths),
+        {**document.overridden, **paths},
         document.warnings,
     )
 
 
-def _assign(data: Any, steps: Sequence[str], value: Any, spelling: str) -> KeyPath:
+def _assign(data: Any, steps: Sequence[str], value: Any, told: str) -> KeyPath:
     place, path = data, []
     for i, step in enumerate(steps):
-        key = _step(place, step, spelling, steps[:i])
+        key = _step(place, step, told, steps[:i])
         path.append(key)
         if i == len(steps) - 1:
             place[key] = value
@@ -182,7 +205,7 @@ def _assign(data: Any, steps: Sequence[str], value: Any, spelling: str) -> KeyPa
     return tuple(path)
 
 
-def _step(place: Any, step: str, spelling: str, before: Sequence[str]) -> str | int:
+def _step(place: Any, step: str, told: str, before: Sequence[str]) -> str | int:
     if isinstance(place, dict):
         return step
     parent = ".".join(before)
@@ -194,9 +217,9 @@ def _step(place: Any, step: str, spelling: str, before: Sequence[str]) -> str | 
         items = len(place)
         fact = f"{parent} has {items} item{'s' if items != 1 else ''}, counted from 0"
     raise RecipeError(
-        f"--set {spelling} leads nowhere in this recipe.",
+        f"{told} leads nowhere in this recipe.",
         fact,
-        fix="--set models.0.parameters.weight=0.4 sets the first model's",
+        fix="models.0.parameters.weight is the first model's",
     )
 
 

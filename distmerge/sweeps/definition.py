@@ -91,7 +91,7 @@ def load_sweep(
     candidates = []
     for name, one in zip(names_of(settings), settings, strict=True):
         candidates.append(
-            Candidate(name, one, candidate_recipe(name, one, documents, storage_options))
+            Candidate(name, one, candidate_recipe(name, one, space, documents, storage_options))
         )
     told = [text for one in candidates for text in one.recipe.warnings]
     warnings = tuple(dict.fromkeys(told))
@@ -137,15 +137,18 @@ def setting_text(path: str, value: Any) -> str:
 def candidate_recipe(
     name: str,
     settings: Settings,
+    space: Space,
     documents: Sequence[Document],
     storage_options: StorageOptions | None,
 ) -> Recipe:
-    """The recipe with a candidate's settings. Raises what `load_recipe` does, with its name."""
+    """The recipe with a candidate's settings, which the space sets. Raises what `load_recipe`
+    does, with the candidate's name."""
     # Whole sections first: a list of models before the weight of one of them.
     paths = sorted(settings, key=lambda path: path.count("."))
     try:
         given = [setting_text(path, settings[path]) for path in paths]
-        return load_recipe(documents, overrides=given, storage_options=storage_options)
+        changed = override(documents, given, space.spelling)
+        return load_recipe(changed, storage_options=storage_options)
     except DistmergeError as error:
         raise of_candidate(error, name) from None
 

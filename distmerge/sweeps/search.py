@@ -42,7 +42,7 @@ from distmerge.sweeps.run import (
 from distmerge.sweeps.scoring import Job, Scored, evaluated_at_once, plan_scoring
 from distmerge.sweeps.space import Space
 from distmerge.sweeps.trials import Trials
-from distmerge.write.lease import lease
+from distmerge.write.lease import LeaseKeeper, lease
 from distmerge.write.local_output import LocalOutput
 from distmerge.write.output import open_output
 
@@ -53,6 +53,7 @@ STUDY = "study.db"
 class _Search:
     """What all trials share."""
 
+    space: Space
     documents: list[Document]
     wanted: Evaluate
     evaluator: Evaluator
@@ -60,6 +61,8 @@ class _Search:
     settings: MergeOptions
     results: Results
     listener: Listener
+    held: LeaseKeeper
+    """The output's: it is looked at before each result is kept."""
     pinned: dict[Location, Checkpoint] = field(default_factory=dict)
     """Models that have been opened, for all candidates."""
     digests: dict[int, tuple[Candidate, str]] = field(default_factory=dict)
@@ -68,7 +71,8 @@ class _Search:
         """Raises DistmergeError: these settings make no recipe."""
         options = self.settings.storage_options
         settings = dict(found)
-        return Candidate(name, settings, candidate_recipe(name, settings, self.documents, options))
+        recipe = candidate_recipe(name, settings, self.space, self.documents, options)
+        return Candidate(name, settings, recipe)
 
     def job(self, number: int, name: str, found: Mapping[str, Any]) -> Job:
         """A trial that is to be scored. Raises DistmergeError: it can't be merged."""
@@ -132,7 +136,7 @@ def search(
     assert judged.evaluate is not None
     evaluator, by = load_evaluator(judged.evaluate), _ranking(judged)
     output = open_output(out, settings.storage_options)
-    with lease(output):
+    with lease(output) as held:
         study = Trials(
             space,
             name=_study_name(documents, evaluator, str(by.metric)),
@@ -144,7 +148,8 @@ def search(
         )
         plain = replace(settings, overrides=(), strict=False)
         kept_at = Results(output)
-        run = _Search(documents, judged.evaluate, evaluator, by, plain, kept_at, listener)
+        asked = (space, documents, judged.evaluate, evaluator, by)
+        run = _Search(*asked, plain, kept_at, listener, held)
         _try(run, study, trials)
         results = run.tried(study)
         try:
@@ -152,6 +157,7 @@ def search(
             chosen = run.plan_of([results[i] for i in winners], out) if winners else None
             return write_kept(chosen, winners, results, out, run.settings, listener, told, by)
         finally:
+            held.check()
             write_tables(output, results, by)
 
 
@@ -197,6 +203,7 @@ def _jobs(run: _Search, study: Trials, trials: int) -> Iterator[Job]:
         except DistmergeError as error:
             if number == 0:
                 raise  # most likely all of them
+            run.held.check()
             run.results.add(Result(name, found, error=error.headline))
             study.tell_failed(number, name, error.headline)
             continue
@@ -211,6 +218,7 @@ def _jobs(run: _Search, study: Trials, trials: int) -> Iterator[Job]:
 def _note(run: _Search, study: Trials, candidate: Candidate, digest: str, scored: Scored) -> None:
     """Keep a result, then tell the study."""
     number, metric = scored.number, str(run.by.metric)
+    run.held.check()
     if scored.stopped:
         study.tell_stopped(number)
         run.listener(Event("notice", {"text": f"{candidate.name} was stopped on the way"}))

@@ -168,6 +168,11 @@ class Space(BaseModel):
                         f"{path} is set by {seen[path]} and by {part}.", fix="keep one of the two"
                     )
 
+    def spelling(self, path: str) -> str:
+        """`grid: parameters.density`: what messages call a path that the space sets."""
+        part = next(part for part, paths in self._paths() if path in paths)
+        return f"{part}: {path}"
+
     def _paths(self) -> Iterator[tuple[str, builtins.list[str]]]:
         if self.combinations:
             yield "combinations", ["models"]

@@ -62,6 +62,10 @@ def test_a_setting_comes_back_from_its_text(value):
         ("grid: {density: [0.1]}", RecipeError, ["move it under 'parameters:'", "density=0.1"]),
         ("grid: {merge_method: [tise]}", UnknownMethod, ["tise", "in the candidate tise"]),
         ("grid: {models.5.parameters.weight: [1]}", RecipeError, ["leads nowhere", "2 items"]),
+        ("grid: {desity: [1]}", RecipeError, ["grid: desity: 'desity' is ignored here"]),
+        ("list: [{parameters.desity: 1}]", ParameterError, ["list: parameters.desity", "density"]),
+        ("zip: {model.0.parameters.weight: [1]}", RecipeError, ["zip: model.0.parameters.weight"]),
+        ("sample: {count: 1, over: {parameters.wight: [1]}}", ParameterError, ["sample: param"]),
         ("grid: {parameters.density: []}", RecipeError, ["line 6", "density: it is empty"]),
         ("sample: {over: {seed: [1, 2]}}", RecipeError, ["how many points"]),
         ("zip: {seed: [1], over: [model, tensor]}", RecipeError, ["line 6", "equally long"]),
@@ -77,3 +81,4 @@ def test_mistakes_are_named_with_their_place(text, kind, words):
         load_sweep(RECIPE + text)
     for word in words:
         assert word in str(raised.value)
+    assert "--set" not in str(raised.value)

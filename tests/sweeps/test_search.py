@@ -16,8 +16,8 @@ from sweeps import judging
 from sweeps.killing import kill_at_the_third_call
 
 import distmerge
+from distmerge import search
 from distmerge.errors import RecipeError
-from distmerge.sweeps.search import search
 from distmerge.sweeps.space import Space, fits
 from distmerge.sweeps.trials import suggest
 
@@ -262,3 +262,19 @@ def test_a_path_that_leads_nowhere_is_told_at_once(recipe, tmp_path):
     recipe["sample"] = {"over": {"parameters.lamda": {"min": 0, "max": 1}}}
     with pytest.raises(RecipeError, match="lamda"):
         search(recipe, str(tmp_path / "out"), trials=2, evaluate=judging.norm, **OPTIONS)
+
+
+def test_a_search_that_lost_its_lease_keeps_no_further_result(recipe, tmp_path, ends):
+    out, seen = tmp_path / "out", []
+
+    def meanwhile(state_dict):
+        seen.append(1)
+        if len(seen) == 2:
+            (out / ".distmerge" / "lease.json").unlink()  # as who takes over and ends does
+        return bowl(state_dict)["loss"]
+
+    with pytest.raises(distmerge.OutputLocked, match="lost its hold"):
+        search(recipe, str(out), trials=4, evaluate=meanwhile, **OPTIONS)
+    assert len(seen) == 2
+    assert len(lines(out)) == 1
+    assert not (out / "results.csv").exists()
