@@ -59,7 +59,7 @@ DOORS = {
 
 HOMES = {
     "ray": {"run/ray_", "sweeps/ray_", "demo/walkthrough.py"},
-    "fsspec": {"checkpoints/fsspec_store.py"},
+    "fsspec": {"checkpoints/fsspec_store.py", "checkpoints/s3_objects.py"},
     "s3fs": {"checkpoints/fsspec_store.py"},
     "huggingface_hub": {
         "checkpoints/hub_account.py",

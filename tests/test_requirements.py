@@ -19,6 +19,7 @@ INDIRECT = {
     "botocore": "s3fs",
     "click": "ray",
     "packaging": "transformers",
+    "werkzeug": "flask",
 }
 """Used in tests -> what brings it along, since the two have to fit."""
 

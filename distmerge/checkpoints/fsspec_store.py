@@ -1,8 +1,7 @@
 """The boundary between checkpoints and any filesystem that fsspec knows, S3 first.
 
-S3 objects are read with `If-Match`, and the ETag of every answer is compared as well, since some
-servers ignore the condition. Other filesystems offer no such thing: there the file is looked at
-again after each read.
+S3 pins what it reads (`s3_objects.py`). Other filesystems offer no such thing: there the file is
+looked at again after each read.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from distmerge.checkpoints.retry import (
     http_status,
     retrying,
 )
+from distmerge.checkpoints.s3_objects import S3Objects, unquoted
 from distmerge.checkpoints.storage_options import options_for
 from distmerge.checkpoints.store import StorageOptions
 from distmerge.checkpoints.tensors import FileInfo
@@ -61,7 +61,7 @@ class FsspecStore:
     ) -> None:
         self.root = root
         self._fs, self._base = open_filesystem(root, storage_options, own_retries=False)
-        self._is_s3 = is_s3(self._fs)
+        self._s3 = S3Objects(self._fs, self._base) if is_s3(self._fs) else None
         self._only = only
         self._policy = policy
         self._parts = PartReader(self._read_part)
@@ -81,7 +81,7 @@ class FsspecStore:
     def read_into(self, file: FileInfo, start: int, buffer: memoryview) -> None:
         """Fill `buffer` by concurrent ranges of the pinned object."""
         self._parts.fill(file, start, buffer)
-        if not self._is_s3 and self._tag_now(file) != file.tag:
+        if self._s3 is None and self._tag_now(file) != file.tag:
             raise _changed(self.root, file)
 
     def close(self) -> None:
@@ -91,19 +91,21 @@ class FsspecStore:
     def _path(self, path: str) -> str:
         return f"{self._base.rstrip('/')}/{path}"
 
-    def _listed_files(self) -> dict[str, FileInfo]:
+    def _listed_files(self) -> Mapping[str, FileInfo]:
         self._fs.invalidate_cache()
         if self._only is not None:
             info = self._fs.info(self._path(self._only))
-            return {self._only: file_info(self._only, info)}
-        return {
-            path: info
-            for path, info in list_files(self._fs, self._base).items()
-            if not any(part.startswith(".") for part in path.split("/"))
-        }
+            found = {self._only: file_info(self._only, info)}
+        else:
+            found = {
+                path: info
+                for path, info in list_files(self._fs, self._base).items()
+                if not any(part.startswith(".") for part in path.split("/"))
+            }
+        return self._s3.with_versions(found) if self._s3 is not None and found else found
 
     def _read_part(self, file: FileInfo, start: int, view: memoryview) -> None:
-        read = self._get_object if self._is_s3 else self._cat_range
+        read = self._cat_range if self._s3 is None else self._s3.fill
         retrying(
             lambda: read(file, start, view),
             what=f"{redact(self.root)}/{file.path}, bytes {start}:{start + len(view)}",
@@ -119,32 +121,6 @@ class FsspecStore:
                 raise _changed(self.root, file)
             raise ShortRead(f"{len(data)} bytes came instead of {len(view)}")
         view[:] = data
-
-    def _get_object(self, file: FileInfo, start: int, view: memoryview) -> None:
-        from fsspec.asyn import sync
-
-        sync(self._fs.loop, self._receive_object, file, start, view)
-
-    async def _receive_object(self, file: FileInfo, start: int, view: memoryview) -> None:
-        bucket, key, _ = self._fs.split_path(self._path(file.path))
-        answer = await self._fs._call_s3(
-            "get_object",
-            Bucket=bucket,
-            Key=key,
-            Range=f"bytes={start}-{start + len(view) - 1}",
-            IfMatch=f'"{file.tag}"',
-        )
-        async with answer["Body"] as body:
-            if _unquoted(answer["ETag"]) != file.tag:
-                raise _changed(self.root, file)
-            done = 0
-            while chunk := await body.read(2**20):
-                if done + len(chunk) > len(view):
-                    raise ShortRead("more bytes came than were asked for")
-                view[done : done + len(chunk)] = chunk
-                done += len(chunk)
-        if done != len(view):
-            raise ShortRead(f"{done} bytes came instead of {len(view)}")
 
     def _tag_now(self, file: FileInfo) -> str:
         path = self._path(file.path)
@@ -246,7 +222,7 @@ def tag_of(info: Mapping[str, Any]) -> str:
     """What changes when a file is replaced: its ETag, else its size and times."""
     for name in ("ETag", "etag"):
         if info.get(name):
-            return _unquoted(str(info[name]))
+            return unquoted(str(info[name]))
     for name in ("mtime", "LastModified", "last_modified", "updated", "modified", "created"):
         when = info.get(name)
         if when is not None:
@@ -288,7 +264,3 @@ def _changed(root: str, file: FileInfo) -> SourceChanged:
         f"pinned as {file.tag}",
         fix="run again once nothing writes to it any more",
     )
-
-
-def _unquoted(etag: str) -> str:
-    return etag.strip('"')

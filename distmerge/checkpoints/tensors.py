@@ -84,7 +84,10 @@ class FileInfo:
     size: int
     """Bytes."""
     tag: str
-    """What changes when the file does: Hub blob id, S3 ETag or version, size and mtime."""
+    """What changes when the file does: Hub blob id, S3 ETag, size and mtime."""
+    version: str | None = None
+    """S3 version id, where the bucket keeps versions: these bytes can be read under it even after
+    the file was replaced."""
 
 
 @dataclass(frozen=True)

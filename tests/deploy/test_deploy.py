@@ -211,7 +211,7 @@ def test_the_image_is_pinned_and_not_root():
 def test_the_images_pins_add_to_the_projects_and_fit_together():
     ours, more = pins(REPOSITORY / "constraints.txt"), pins(DEPLOY / "constraints.txt")
     assert not set(ours) & set(more)
-    assert more["boto3"] == ours["botocore"], "they are released together"
+    assert ours["boto3"] == ours["botocore"], "they are released together"
     assert {"gcsfs", "google-api-python-client", "google-auth-httplib2"} <= set(more)
 
 
@@ -233,7 +233,7 @@ def test_inputs_are_only_read():
         for action in statement["Action"]
         if any("YOUR-MODELS" in place for place in statement["Resource"])
     }
-    assert granted == {"s3:GetObject", "s3:ListBucket"}
+    assert granted == {"s3:GetObject", "s3:GetObjectVersion", "s3:ListBucket"}
     reader = yaml.safe_load((DEPLOY / "gcp/reader-role.yml").read_text())
     assert reader["includedPermissions"] == ["storage.objects.get", "storage.objects.list"]
 

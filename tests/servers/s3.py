@@ -1,14 +1,18 @@
-"""The boundary between tests and an S3 on loopback that checks signatures.
+"""The boundary between tests and three servers on loopback that speak S3.
 
-Not there, though the real S3 has it: suffix ranges (`bytes=-8`), UploadPartCopy, versions, keys
-that end with a slash.
+`LoopbackS3` checks signatures. Not there, though the real S3 has it: suffix ranges (`bytes=-8`),
+UploadPartCopy, versions, keys that end with a slash. `VersioningS3` keeps versions and honours
+conditions by itself, for small objects. `DistantS3` serves a folder from far away.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
+from socket import socket
 from types import TracebackType
 from typing import Any, Self
 
@@ -31,13 +35,12 @@ class LoopbackS3:
         self._child: ChildServer | None = None
 
     def __enter__(self) -> Self:
-        self._child = ChildServer(
-            "servers.s3_process",
-            [self.bucket],
-            [self._listener],
-            {"NANIO_ACCESS_KEY": self.access_key, "NANIO_SECRET_KEY": self.secret_key},
-        )
+        self._child = self._start(self._listener)
         return self
+
+    def _start(self, listener: socket) -> ChildServer:
+        keys = {"NANIO_ACCESS_KEY": self.access_key, "NANIO_SECRET_KEY": self.secret_key}
+        return ChildServer("servers.s3_process", [self.bucket], [listener], keys)
 
     def __exit__(
         self,
@@ -122,3 +125,45 @@ class LoopbackS3:
         assert self._child is not None
         found: list[SeenRequest] = self._child.call("requests", start)
         return found
+
+
+class VersioningS3(LoopbackS3):
+    """An S3 that knows versions and conditions, and takes any credentials; no log of requests.
+
+    It keeps objects in memory, several times: they should be small. The second bucket keeps
+    versions.
+    """
+
+    versioned = "versioned"
+
+    def _start(self, listener: socket) -> ChildServer:
+        return ChildServer("servers.s3_versioning_process", [], [listener])
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        client = self.client()
+        client.create_bucket(Bucket=self.bucket)
+        client.create_bucket(Bucket=self.versioned)
+        client.put_bucket_versioning(
+            Bucket=self.versioned, VersioningConfiguration={"Status": "Enabled"}
+        )
+        return self
+
+
+class DistantS3(LoopbackS3):
+    """A folder as a bucket, read-only, behind a network that is long, narrow and faulty.
+
+    Its answers are shaped as hadro's options say: latency_ms, latency_jitter_ms, bandwidth_mbps
+    (of each response, in megabits), total_bandwidth_mbps, error_rate and fault_seed. No log of
+    requests. Not there, though the real S3 has it: conditions.
+    """
+
+    def __init__(self, folder: Path, **shaping: float) -> None:
+        super().__init__()
+        self.bucket = folder.name
+        self._settings = {"data": str(folder.parent), **shaping}
+
+    def _start(self, listener: socket) -> ChildServer:
+        keys = {"access_key": self.access_key, "secret_key": self.secret_key, "region": REGION}
+        settings = json.dumps({**self._settings, **keys})
+        return ChildServer("servers.s3_distant_process", [settings], [listener])
