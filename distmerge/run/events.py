@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from distmerge.plan.plan import Plan
     from distmerge.plan.work import WorkUnit
+    from distmerge.write.shard import Receipt
 
-Kind = Literal["plan", "notice", "worker", "progress", "unit", "retry", "score", "done"]
+Kind = Literal[
+    "plan", "notice", "worker", "progress", "unit", "retry", "score", "publish", "failed", "done"
+]
 """plan: units, bytes_in, bytes_out, tensors, resumed (units that an earlier run finished)
 notice: text
 worker: node, pid of a worker on a cluster that is ready
@@ -22,6 +25,8 @@ unit: shard, bytes_read, bytes_written of all of it, done (units so far), total
 retry: shard, attempt, node (where the worker was lost), reason
 score: candidate, scores (name -> number), error (None, or why there are none), seconds,
     done (candidates so far)
+publish: shards, bytes_read, bytes_written of all of them; they are there, now to be published
+failed: error (its class), text (its first sentence, if it is one of ours)
 done: url, seconds, bytes_read, bytes_written, tensors, lost_delta_share, notices"""
 
 
@@ -64,6 +69,15 @@ def tell_plan(decided: Plan, todo: Sequence[WorkUnit], listener: Listener) -> No
             },
         )
     )
+
+
+def tell_publishing(receipts: Sequence[Receipt], listener: Listener) -> None:
+    """Tell that every shard is there."""
+    moved = {
+        "bytes_read": sum(receipt.bytes_read for receipt in receipts),
+        "bytes_written": sum(receipt.size for receipt in receipts),
+    }
+    listener(Event("publish", {"shards": len(receipts), **moved}))
 
 
 def told_bytes(listener: Listener) -> Callable[[int, int], None]:

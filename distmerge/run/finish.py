@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from importlib.metadata import version
 from typing import Any
@@ -23,6 +23,7 @@ from distmerge.write.config_layers import Origin, edit_layers
 from distmerge.write.donor_files import copy_donor_files
 from distmerge.write.index import INDEX_FILE, index_json
 from distmerge.write.manifest import (
+    EVENTS_FILE,
     InputRecord,
     Manifest,
     ShardRecord,
@@ -37,8 +38,13 @@ RECIPE_FILE = "mergekit_config.yml"
 """Where whoever reads merges looks for the recipe."""
 
 
-def finish(plan: Plan, output: OutputStore, receipts: Sequence[Receipt]) -> dict[str, Any]:
-    """Write everything else and publish. Returns what the `done` event tells."""
+def finish(
+    plan: Plan, output: OutputStore, receipts: Sequence[Receipt], events: Callable[[], bytes]
+) -> dict[str, Any]:
+    """Write everything else and publish. Returns what the `done` event tells.
+
+    events: the log of the run, asked for when all else is there.
+    """
     files, checksums = other_files(plan, output)
     card, warnings = _card(plan, output)
     files["README.md"] = card.encode()
@@ -52,7 +58,7 @@ def finish(plan: Plan, output: OutputStore, receipts: Sequence[Receipt]) -> dict
     manifest = _manifest(plan, receipts, checksums, lost)
     url = publish(
         output,
-        files=files,
+        files=files | {EVENTS_FILE: events()},
         manifest=manifest,
         index=index,
         staged=None if several else plan.units[0].path,

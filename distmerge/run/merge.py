@@ -17,7 +17,15 @@ from distmerge.plan.memory import RAY
 from distmerge.plan.plan import Plan, make_plan
 from distmerge.plan.sizes import parse_size
 from distmerge.run.engine import Engine, LocalEngine
-from distmerge.run.events import Event, Listener, silent, tell_plan, told_bytes
+from distmerge.run.event_log import kept_events
+from distmerge.run.events import (
+    Event,
+    Listener,
+    silent,
+    tell_plan,
+    tell_publishing,
+    told_bytes,
+)
 from distmerge.run.finish import finish
 from distmerge.run.intermediates import intermediates
 from distmerge.run.journal import ask_model
@@ -93,14 +101,16 @@ def _write(
         if published.holds(decided.digest):
             return None
         make_way(decided, output, published, settings)
-        try:
-            receipts = _run(decided, settings, output, held, listener)
-        except OutputError:
-            held.check()  # another run, which has taken over, may be why
-            raise
-        held.check()
-        summary = finish(decided, output, receipts)
-        clean_staging(output)
+        with kept_events(output, decided.digest, held, listener) as (log, told):
+            try:
+                receipts = _run(decided, settings, output, held, told)
+            except OutputError:
+                held.check()  # another run, which has taken over, may be why
+                raise
+            held.check()
+            tell_publishing(receipts, told)
+            summary = finish(decided, output, receipts, log.close)
+            clean_staging(output)
         return summary
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from distmerge.checkpoints.store import OutputStore, StorageOptions
 from distmerge.write.index import INDEX_FILE, SINGLE_FILE
 from distmerge.write.lease import LEASE_FILE, lease
-from distmerge.write.manifest import MANIFEST_FILE, Manifest
+from distmerge.write.manifest import EVENTS_FILE, MANIFEST_FILE, Manifest
 from distmerge.write.output import open_output
 from distmerge.write.publish import clean_staging, is_weights
 from distmerge.write.shard import STAGING
@@ -62,6 +62,8 @@ def leftovers(output: OutputStore, files: Iterable[str], *, began: bool) -> set[
     else:
         named = set()
     stale = staged | {path for path in files if is_weights(path) and path not in named}
+    if not named:
+        stale |= {path for path in files if path == EVENTS_FILE}
     if not named and MANIFEST_FILE in files:
         written = Manifest.from_json(output.read_bytes(MANIFEST_FILE)).files
         stale |= {MANIFEST_FILE, *(path for path in written if path in files)}

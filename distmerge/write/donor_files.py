@@ -17,7 +17,7 @@ from distmerge.checkpoints.layout import TRAINING_FILE
 from distmerge.checkpoints.location import is_safe_path
 from distmerge.checkpoints.store import OutputStore, Store
 from distmerge.checkpoints.tensors import Checkpoint, FileInfo
-from distmerge.write.manifest import checksum, checksum_text
+from distmerge.write.manifest import EVENTS_FILE, MANIFEST_FILE, checksum, checksum_text
 
 PIECE_BYTES = 8 << 20
 """Bytes held at a time while a file is copied."""
@@ -47,7 +47,7 @@ _PACKAGE = re.compile(r"\.(?:mlpackage|mlmodelc)$", re.IGNORECASE)
 _TRAINING_FOLDER = re.compile(r"(?:checkpoint-|global_step)\d+$", re.IGNORECASE)
 _README = re.compile(r"readme(?:\.(?:md|markdown|rst|txt))?", re.IGNORECASE)
 _PRIVATE_FOLDERS = {".cache", ".huggingface", ".ipynb_checkpoints", "__pycache__"}
-_REPLACED = {"config.json", "distmerge.json"}
+_REPLACED = {"config.json", MANIFEST_FILE, EVENTS_FILE}
 _STALE = {"mergekit_config.yml", "mergekit_config.yaml", "mergekit_moe_config.yml"}
 
 

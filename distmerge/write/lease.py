@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 
 import psutil
@@ -71,6 +71,7 @@ class LeaseKeeper:
         self._output = output
         self._lease = Lease.mine(MISSED * output.heartbeat)
         self._stop = threading.Event()
+        self._at_each_beat: list[Callable[[], None]] = []
         self._thread = threading.Thread(target=self._beat, name="distmerge-lease", daemon=True)
 
     def acquire(self) -> None:
@@ -96,6 +97,10 @@ class LeaseKeeper:
         time.sleep(2 * (time.monotonic() - began))
         self.check()
         self._thread.start()
+
+    def at_each_beat(self, action: Callable[[], None]) -> None:
+        """Do this too, in the keeper's thread, as long as the lease is held."""
+        self._at_each_beat.append(action)
 
     def check(self) -> None:
         """Raises OutputLocked if another run has taken over, or had while this one slept."""
@@ -129,6 +134,8 @@ class LeaseKeeper:
                 if found is None or found.owner != self._lease.owner:
                     return  # `check` tells the run
                 self._write()
+                for action in self._at_each_beat:
+                    action()
             except OutputError:
                 continue  # there are several beats before it expires
 

@@ -1,7 +1,7 @@
 """The boundary between a finished merge and whoever asks later where it came from.
 
 `distmerge.json` says what was computed, from which pinned inputs, with what, and the checksum of
-every file beside it, its own included. It never holds credentials.
+every file beside it, its own included but for the log of events. It never holds credentials.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from distmerge.checkpoints.tensors import Checkpoint
 from distmerge.errors import VerificationFailed
 
 MANIFEST_FILE = "distmerge.json"
+EVENTS_FILE = "distmerge.events.jsonl"
+"""What happened in the run that wrote the output: no two runs have the same."""
 FORMAT_VERSION = 1
 
 _ALGORITHM = "xxh3_128"

@@ -12,7 +12,7 @@ from distmerge.checkpoints.store import OutputStore
 from distmerge.errors import OutputError, OutputExists, VerificationFailed
 from distmerge.write.index import INDEX_FILE, SINGLE_FILE
 from distmerge.write.lease import LEASE_FILE
-from distmerge.write.manifest import MANIFEST_FILE, Manifest
+from distmerge.write.manifest import EVENTS_FILE, MANIFEST_FILE, Manifest
 from distmerge.write.shard import STAGING
 
 _WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors$")
@@ -119,7 +119,7 @@ def unpublish(output: OutputStore, found: Published) -> None:
     index over mixed shards; then the other files that its manifest names."""
     files: list[str] = []
     if found.digest is not None:
-        files = list(Manifest.from_json(output.read_bytes(MANIFEST_FILE)).files)
+        files = [EVENTS_FILE, *Manifest.from_json(output.read_bytes(MANIFEST_FILE)).files]
     for path in (*found.loads, *sorted(set(files) - set(found.loads)), MANIFEST_FILE):
         output.delete(path)
 

@@ -22,7 +22,7 @@ from distmerge.errors import DistmergeError, VerificationFailed
 from distmerge.write.config import config_dtype, written_dtype
 from distmerge.write.donor_files import is_weights
 from distmerge.write.index import INDEX_FILE
-from distmerge.write.manifest import MANIFEST_FILE, Manifest, ShardRecord
+from distmerge.write.manifest import EVENTS_FILE, MANIFEST_FILE, Manifest, ShardRecord
 from distmerge.write.reread import READS_IN_FLIGHT, reread
 
 MOST_OF_A_KIND = 20
@@ -201,7 +201,8 @@ class _Check:
             )
 
     def check_strays(self, manifest: Manifest) -> None:
-        expected = {MANIFEST_FILE, *manifest.files, *(shard.file for shard in manifest.shards)}
+        expected = {MANIFEST_FILE, EVENTS_FILE, *manifest.files}
+        expected |= {shard.file for shard in manifest.shards}
         if len(manifest.shards) > 1:
             expected.add(INDEX_FILE)
         for path in self.files:

@@ -82,7 +82,7 @@ def test_progress_for_programs(here):
     assert result.exit_code == 0
     events = [json.loads(line) for line in result.stdout.splitlines()]
     kinds = [event["event"] for event in events]
-    assert {"notice", "plan", "progress", "unit", "done"} == set(kinds)
+    assert {"notice", "plan", "progress", "unit", "publish", "done"} == set(kinds)
     assert kinds.index("plan") < kinds.index("unit") < kinds.index("done") == len(kinds) - 1
     assert sum(e["bytes_read"] for e in events if e["event"] == "progress") == 480
     assert events[-1]["url"] == "out"

@@ -18,6 +18,7 @@ from distmerge.errors import MemoryBudgetError
 from distmerge.expressions.nodes import Leaf
 from distmerge.plan.plan import Plan
 from distmerge.run.merge import plan
+from distmerge.write.manifest import EVENTS_FILE
 
 SMALL = 3000
 """Bytes of a shard with which each tensor of `small_models` has one to itself."""
@@ -51,12 +52,18 @@ def least_memory(what: Any, **options: Any) -> str:
 
 
 def run(what: Any, place: Path, **options: Any) -> dict[str, bytes]:
-    """Merge into a directory of the same name everywhere; every file by its path, the manifest
-    without the time of day."""
+    """Merge into a directory of the same name everywhere; what `comparable` has of it."""
     out = place / "merged"
     settings: dict[str, Any] = {"max_shard_size": SHARD, "out_dtype": "bfloat16", **options}
     distmerge.merge(what, str(out), **settings)
+    return comparable(out)
+
+
+def comparable(out: Path) -> dict[str, bytes]:
+    """Every file of a merge by its path, the manifest without the time of day, and without the
+    log of that day."""
     files = {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    del files[EVENTS_FILE]
     manifest = json.loads(files["distmerge.json"])
     del manifest["created"], manifest["checksum"]
     files["distmerge.json"] = json.dumps(manifest).encode()

@@ -82,8 +82,8 @@ def test_the_hub_gets_the_bytes_of_a_merge_on_disk(hub, repo, family, local):
     assert list(written) == list(distmerge.open(local))
     assert commits(seen).count("main") == 1
     shards = len(weights(found)) - 1
-    # One commit for each shard with its receipt, the lease's, and the one that publishes.
-    assert len(commits(seen)) == shards + 2
+    # One commit for each shard with its receipt, the lease's, the log's, and what publishes.
+    assert len(commits(seen)) == shards + 3
     card = found["README.md"].decode()
     assert f"# {repo.partition('/')[2]}\n" in card
     assert hub.token not in card + str(events)
@@ -116,7 +116,7 @@ def test_a_killed_run_is_resumed_and_nothing_was_visible(
     shards = len(weight_bytes(local)) - 1
     assert commits(seen).count("main") == 1
     receipts = [target for target in commits(seen) if target.startswith("distmerge-")]
-    assert len(receipts) == shards - done["resumed"] + 1  # and the lease's
+    assert len(receipts) == shards - done["resumed"] + 2  # and the lease's and the log's
     assert weights(files(hub, repo)) == weight_bytes(local)
 
 

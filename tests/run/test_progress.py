@@ -186,7 +186,7 @@ def test_a_log_keeps_every_event_of_a_merge_and_of_the_one_that_goes_on(tmp_path
         app(command, standalone_mode=False)
     told = [json.loads(line) for line in log.read_text().splitlines()]
     assert [t["event"] for t in told if t["event"] != "progress"] == [
-        "plan", "unit", "done", "notice",
+        "plan", "unit", "publish", "done", "notice",
     ]  # fmt: skip
     (unit,) = [t for t in told if t["event"] == "unit"]
     written = (out / "model.safetensors").stat().st_size
