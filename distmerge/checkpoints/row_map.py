@@ -81,11 +81,27 @@ class Mean(Composed):
 
 
 @dataclass(frozen=True)
+class Unfilled(Joined):
+    """A matrix with zeros in further rows, for which nothing is read."""
+
+    known: int
+    """How many rows the matrix has."""
+
+
+@dataclass(frozen=True)
 class Padded(Around):
     """A matrix with further rows, each of them the mean of its rows.
 
-    The mean is known only at the matrix's end, so that it is made whole.
+    The mean is known only at the matrix's end. A merge asks for it as methods ask
+    (`distmerge.plan.padding`) and reads `unfilled`; else this is made whole.
     """
+
+    @property
+    def unfilled(self) -> Unfilled:
+        """The same with nothing in the further rows."""
+        rows, *rest = self.inner.shape
+        more = Zeros(self.dtype, (self.shape[0] - rows, *rest))
+        return Unfilled(self.dtype, self.shape, (self.inner, more), rows)
 
     @property
     def whole(self) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distmerge.checkpoints.names import buffers, match_names
 from distmerge.checkpoints.quantised import refuse_packed
+from distmerge.checkpoints.spellings import OUTPUT, open_side, tied_to, ties, vocabulary
 from distmerge.checkpoints.tensors import TensorInfo
 from distmerge.checkpoints.views import View
 from distmerge.errors import DtypeMismatch
@@ -129,7 +130,7 @@ def align(root: Expression, base: Leaf | None = None) -> Inputs:
     reference = found[0]
     base_tensors = _tensors(reference)
     dropped = buffers(base_tensors)
-    tensors: list[Mapping[str, Any]] = [{k: v for k, v in base_tensors.items() if k not in dropped}]
+    tensors: list[dict[str, Any]] = [{k: v for k, v in base_tensors.items() if k not in dropped}]
     skipped = [Skipped(str(reference), key, reason) for key, reason in dropped.items()]
     skipped += [
         Skipped(str(reference), alias, f"alias of {key}")
@@ -137,7 +138,7 @@ def align(root: Expression, base: Leaf | None = None) -> Inputs:
     ]
     skipped += _read_by_views(found)
     mappings = [text for leaf in found if isinstance(leaf, Leaf) for text in _renamed(leaf)]
-    own_keys: list[Mapping[str, str]] = [{}]
+    own_keys: list[dict[str, str]] = [{}]
     for leaf in found[1:]:
         held = _tensors(leaf)
         match = match_names(
@@ -157,11 +158,33 @@ def align(root: Expression, base: Leaf | None = None) -> Inputs:
         skipped += [Skipped(str(leaf), spelling[k], how) for k, how in bridged.used.items()]
         mappings += [f"{leaf}: {sentence}" for sentence in match.mappings]
         skipped += [Skipped(str(leaf), key, reason) for key, reason in match.skipped.items()]
+    mappings += _fill_tied_heads(found, tensors, own_keys)
     aligned = {
         leaf: {key: renamed.get(key, key) for key in held}
         for leaf, held, renamed in zip(found, tensors, own_keys, strict=True)
     }
     return _placed(root, Inputs(found, tensors, mappings, skipped, own_keys, aligned=aligned))
+
+
+def _fill_tied_heads(
+    found: Sequence[Leaf | TensorLeaf],
+    tensors: Sequence[dict[str, Any]],
+    own_keys: Sequence[dict[str, str]],
+) -> list[str]:
+    """Give models that tie their heads, the base among them, what others have as a tensor of its
+    own; sentences on it."""
+    heads = {key: tuple(held[key].shape) for held in tensors for key in held if OUTPUT.search(key)}
+    words = vocabulary(*map(_config, found))
+    said = []
+    for leaf, held, own in zip(found, tensors, own_keys, strict=True):
+        lacking = [key for key in heads if key not in held] if ties(_config(leaf)) else []
+        for key in lacking:
+            sources = tied_to(key, heads[key], open_side(held, {}), held.keys(), words)
+            if len(sources) == 1:
+                (source,) = sources
+                held[key], own[key] = held[source], own.get(source, source)
+                said.append(f"{leaf}: {key} is read from {own[key]} (tied)")
+    return said
 
 
 def placements(root: Expression) -> list[tuple[Leaf | TensorLeaf, Path]]:

@@ -43,9 +43,35 @@ class _Asked:
     kinds: list[Any]
     """Per question, all of it but its block: what every block has to ask alike."""
     folded: list[Any]
-    """Per question, the fold of partials that are exact in any order."""
-    by_block: dict[int, list[Any]] = field(default_factory=dict)
-    """Partials that must be folded in block order."""
+    """Per question, the fold of partials: as they come if they are exact in any order, else those
+    of the first blocks."""
+    blocks: int = 0
+    """How many blocks, in order, are folded."""
+    waiting: dict[int, list[Any]] = field(default_factory=dict)
+    """Partials of later blocks: all of them together could be as large as the tensor."""
+
+    def fold(self, index: int, partials: list[Any]) -> None:
+        """Add what a block has to say: None to questions that are answered."""
+        waits: list[Any] = [None] * len(partials)
+        for j, (question, partial) in enumerate(zip(self.samples, partials, strict=True)):
+            if question.exact and partial is not None:
+                self._add(j, partial)
+            else:
+                waits[j] = partial
+        self.waiting[index] = waits
+        while self.blocks in self.waiting:
+            for j, partial in enumerate(self.waiting.pop(self.blocks)):
+                if partial is not None:
+                    self._add(j, partial)
+            self.blocks += 1
+
+    def _add(self, j: int, partial: Any) -> None:
+        before = self.folded[j]
+        self.folded[j] = partial if before is None else self.samples[j].merge(before, partial)
+
+    def begin_again(self) -> None:
+        """Forget the partials, for another round."""
+        self.folded, self.blocks = [None] * len(self.states), 0
 
 
 class Dialogue:
@@ -130,12 +156,7 @@ class Dialogue:
             for question, state in zip(questions, asked.states, strict=True)
         ]
         with self._lock:
-            for j, (question, partial) in enumerate(zip(questions, partials, strict=True)):
-                if question.exact and partial is not None:
-                    before = asked.folded[j]
-                    asked.folded[j] = partial if before is None else question.merge(before, partial)
-                    partials[j] = None
-            asked.by_block[index] = partials
+            asked.fold(index, partials)
 
     def _first_state(self, ordinal: int, place: int, question: Question) -> Any:
         if question.over == "model":
@@ -167,19 +188,18 @@ class Dialogue:
         asked = self._asked
         if asked is None:
             return False
-        if len(asked.by_block) < self._blocks:
+        if asked.blocks < self._blocks:
             raise self._inconsistent()
         for j, (sample, state) in enumerate(zip(asked.samples, asked.states, strict=True)):
             if isinstance(state, Answered):
                 continue
-            in_order = [asked.by_block[block][j] for block in sorted(asked.by_block)]
-            folded = _fold(sample, asked.folded[j], in_order)
+            folded = asked.folded[j]
             if sample.over == "model":
                 self.model_partials[self.step.node, asked.ordinal, j] = (sample.bare(), folded)
             else:
                 said = sample.finish(folded, state)
                 asked.states[j] = said.state if isinstance(said, Again) else Answered(said)
-        asked.folded, asked.by_block = [None] * len(asked.states), {}
+        asked.begin_again()
         if all(isinstance(state, Answered) for state in asked.states):
             self._answers[asked.ordinal] = [state.answer for state in asked.states]
             self._asked = None
@@ -201,15 +221,6 @@ class Dialogue:
             f"{self.step.method.name} yields what is no question for {self._key}: {wrong[0]}.",
             fix="yield dots(...), cutoff(...), total(...), largest(...) or a list of them",
         )
-
-
-def _fold(sample: Question, exact: Any, in_order: Sequence[Any]) -> Any:
-    if sample.exact:
-        return exact
-    total = in_order[0]
-    for partial in in_order[1:]:
-        total = sample.merge(total, partial)
-    return total
 
 
 def _kind(question: Question) -> Any:

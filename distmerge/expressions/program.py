@@ -95,7 +95,7 @@ def needed(steps: Sequence[Step], root: int) -> list[Step]:
     if len(used) == len(steps):
         return list(steps)
     new = {place: i for i, place in enumerate(sorted(used))}
-    return [_moved(steps[place], new) for place in sorted(used)]
+    return [moved(steps[place], new) for place in sorted(used)]
 
 
 def operands(step: Step) -> list[int]:
@@ -108,7 +108,8 @@ def operands(step: Step) -> list[int]:
     return []
 
 
-def _moved(step: Step, new: Mapping[int, int]) -> Step:
+def moved(step: Step, new: Mapping[int, int]) -> Step:
+    """The step, its operands at their new places."""
     if isinstance(step, Compute):
         left, right = (None if s is None else new[s] for s in (step.left, step.right))
         return replace(step, left=left, right=right)

@@ -15,7 +15,7 @@ from distmerge.methods.signature import describe
 
 _BUILTIN_MODULES = (
     *("linear", "spherical", "stock", "swaps", "agents"),
-    *("task_vectors", "della", "sce", "examples", "fisher"),
+    *("task_vectors", "della", "sce", "examples", "fisher", "padding"),
 )
 
 
@@ -28,7 +28,7 @@ def _builtin() -> dict[str, MergeMethod]:
 
 def method_names() -> Iterator[str]:
     """Built-in methods and those of installed packages (entry points in `distmerge.methods`)."""
-    yield from sorted(_builtin())
+    yield from sorted(name for name in _builtin() if not name.startswith("_"))
     yield from sorted(e.name for e in entry_points(group="distmerge.methods"))
 
 

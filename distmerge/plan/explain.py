@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from distmerge.checkpoints.low_rank import LowRank, Shifted
+from distmerge.checkpoints.row_map import Unfilled
 from distmerge.checkpoints.scales import Scaled
 from distmerge.checkpoints.tensors import Checkpoint
 from distmerge.checkpoints.views import Joined, Plain, Slice, View, parts_of
@@ -18,6 +19,7 @@ from distmerge.errors import KeyMismatch
 from distmerge.expressions.alignment import Inputs, Skipped
 from distmerge.expressions.nodes import Leaf, short_name
 from distmerge.expressions.program import Call, Compute, Read, Same, Scales
+from distmerge.methods.padding import with_mean_rows
 from distmerge.plan.work import KeyTask
 
 if TYPE_CHECKING:
@@ -145,6 +147,8 @@ def _piece(task: KeyTask, at: int, inputs: Inputs) -> Piece:
 
 
 def _call(task: KeyTask, step: Call, inputs: Inputs) -> Piece:
+    if step.method is with_mean_rows:
+        return _piece(task, step.inputs[0][1][0], inputs)
     known = step.method.parameters
     own = {n for n in step.parameters if n in known and known[n].per_model}
     shared = tuple((n, value) for n, value in step.parameters.items() if n not in own)
@@ -195,6 +199,8 @@ def _made(given: object, checkpoint: Checkpoint) -> str:
         return _and(_made(given.inner, checkpoint), "with the adapter's bias")
     if isinstance(given, Scaled):
         return "8-bit codes times scales"
+    if isinstance(given, Unfilled):
+        return _and(_made(given.members[0], checkpoint), "padded with the mean of its rows")
     if isinstance(given, Joined):
         inner = next(iter(given.members), None)
         return _and(_made(inner, checkpoint), f"joined from {len(given.members)} tensors")

@@ -30,6 +30,7 @@ from distmerge.plan.memory import (
     plan_memory,
     with_views,
 )
+from distmerge.plan.padding import filled
 from distmerge.plan.probe import asks_model
 from distmerge.plan.shards import default_shard_size, partition, together
 from distmerge.plan.work import KeyTask, Origin, Source, WorkUnit
@@ -188,7 +189,7 @@ def _output(
     leaves = program.leaves
     donor = next((i for i in donors if i in leaves), None)
     first = min(leaves) if donor is None else donor
-    given = {leaf: inputs.tensors[leaf][key] for leaf in leaves}
+    program, given = filled(program, {leaf: inputs.tensors[leaf][key] for leaf in leaves})
     own, shape = spec_of(given[first])
     if not isinstance(program.steps[0], Same):
         _check_floats(key, {spec_of(one)[0] for one in given.values()})

@@ -11,6 +11,7 @@ from typing import Any
 from distmerge.checkpoints.location import HUB_SCHEME
 from distmerge.checkpoints.opening import open_store
 from distmerge.checkpoints.scales import BLOCK
+from distmerge.checkpoints.spellings import OUTPUT, ties
 from distmerge.checkpoints.store import OutputStore, StorageOptions, Store
 from distmerge.checkpoints.tensors import Checkpoint
 from distmerge.expressions.nodes import Apply, Leaf, leaves, walk
@@ -101,8 +102,12 @@ def _store(checkpoint: Checkpoint, options: StorageOptions) -> Store:
 def _config(plan: Plan, donor: Checkpoint) -> bytes:
     assert donor.config is not None
     # A head of its own beside a flag that says it is tied would be lost by some loaders.
-    head = any(key.split(".")[-2:] == ["lm_head", "weight"] for key in plan.weight_map)
-    untied = head and donor.config.get("tie_word_embeddings")
+    head = any(
+        key.split(".")[-2:] == ["lm_head", "weight"]
+        or (OUTPUT.search(key) and key not in donor.presented)
+        for key in plan.weight_map
+    )
+    untied = head and ties(donor.config)
     edited = edit_config(
         _config_of_layers(plan, donor.config),
         dtypes=plan.dtypes,

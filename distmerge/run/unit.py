@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distmerge.checkpoints.row_map import Unfilled
 from distmerge.checkpoints.views import View
 from distmerge.errors import NonFiniteResult
 from distmerge.expressions.alignment import spec_of
@@ -267,6 +268,9 @@ class UnitRun:
             task = self.unit.tasks[i]
             if task.base is None or task.dtype not in ROUNDING:
                 return None
-            return self._reader(i, fetched)(task.base, Grid(task.shape).span(block))
+            held, span = task.inputs[task.base], Grid(task.shape).span(block)
+            if isinstance(held, Unfilled) and span[1] > held.known * held.row:
+                return None
+            return self._reader(i, fetched)(task.base, span)
 
         self.context.on_bytes(0, self._blocks.write(items, produce, base))

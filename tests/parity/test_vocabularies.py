@@ -32,6 +32,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "another model": {"source": "law"},
     "by token": {"source": "union", "tokens": TOKENS},
     "padded": {"source": "union", "pad_to_multiple_of": 64},
+    "padded, ties": {"source": "union", "pad_to_multiple_of": 64},
 }
 
 
@@ -54,7 +55,10 @@ def job(name: str, places: dict[str, str]) -> Job:
         return places.get(given, given) if isinstance(given, str) else given
 
     listed = [{"model": places[n], "parameters": {"weight": w}} for n, w in WEIGHTS.items()]
-    recipe = {"merge_method": "linear", "models": listed, "base_model": places["prose"]}
+    recipe: dict[str, Any] = {"merge_method": "linear", "models": listed}
+    if name.endswith("ties"):
+        recipe |= {"merge_method": "ties", "parameters": {"density": 0.6}}
+    recipe["base_model"] = places["prose"]
     return Job(name, {**recipe, "dtype": "float32", "tokenizer": placed(SECTIONS[name])})
 
 

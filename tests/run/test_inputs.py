@@ -16,6 +16,7 @@ from torch import Tensor
 
 import distmerge
 from distmerge.checkpoints.tensors import Checkpoint
+from distmerge.errors import KeyMismatch
 from distmerge.expressions.nodes import Leaf
 from distmerge.plan.plan import Plan
 from distmerge.run.merge import plan
@@ -181,6 +182,42 @@ def test_in_a_shard_that_is_read_whole_aliases_and_old_files_merge_too(gpt2s, tm
     base = gpt2_tensors(0)
     for key, tensor in tensors_at(tmp_path / "out").items():
         assert torch.allclose(tensor, (base[key] + tensors[key]) / 2, atol=1e-6), key
+
+
+def with_config(tensors: Mapping[str, Tensor], folder: Path, config: Mapping[str, Any]) -> str:
+    place = save_model(tensors, folder)
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 50, **config}))
+    return place
+
+
+@pytest.mark.parametrize("said", [{"tie_word_embeddings": True}, {"transformers_version": "4.40"}])
+def test_a_tied_model_before_one_with_a_head_of_its_own(tmp_path, said):
+    """Its head is its embeddings, and the output's config no longer says that heads are tied."""
+    own = {**gpt2_tensors(1), "lm_head.weight": gpt2_tensors(2)["wte.weight"]}
+    models = [
+        with_config(gpt2_tensors(0), tmp_path / "tied", said),
+        with_config(own, tmp_path / "own", {"tie_word_embeddings": False}),
+        with_config(gpt2_tensors(3), tmp_path / "tied_too", said),
+    ]
+    what = distmerge.soup([distmerge.open(place) for place in models], weights=[0.5, 0.25, 0.25])
+    assert_covered(plan(what))
+    what.save(tmp_path / "out")
+    found, parts = tensors_at(tmp_path / "out"), [gpt2_tensors(n)["wte.weight"] for n in (0, 2, 3)]
+    assert set(found) == {*gpt2_tensors(0), "lm_head.weight"}
+    mean = parts[0] / 2 + parts[1] / 4 + parts[2] / 4
+    torch.testing.assert_close(found["lm_head.weight"], mean)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+
+
+def test_a_head_is_not_made_up_for_a_model_that_does_not_tie(tmp_path):
+    head = {**gpt2_tensors(1), "lm_head.weight": gpt2_tensors(2)["wte.weight"]}
+    models = [
+        with_config(tensors, tmp_path / name, {"tie_word_embeddings": False})
+        for name, tensors in {"headless": gpt2_tensors(0), "own": head}.items()
+    ]
+    with pytest.raises(KeyMismatch, match="lm_head"):
+        plan(distmerge.soup([distmerge.open(place) for place in models]))
 
 
 @pytest.mark.parametrize("policy", ["common", "base", "average"])

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from vocabulary.models import TEXTS, tokenizer
 
 MiB = 1 << 20
 MEASURED = Path(__file__).with_name("measured.py")
@@ -176,6 +178,37 @@ def test_a_refusal_names_what_is_enough(place, build, more):
     allowed = int(enough[1]) + more
     found = run(made, place / "out", f"{allowed}MiB", "--workers", "2")
     check(found, allowed * MiB)
+
+
+@pytest.mark.full
+def test_embeddings_stream_though_their_padding_is_a_mean(place):
+    words = tokenizer(TEXTS["prose"], 290, [f"<{n}>" for n in range(1000)])
+    rows, width = len(words), 32768
+    shapes = {"model.embed_tokens.weight": (rows, width), "model.norm.weight": (width,)}
+    models = [write(place / str(i), shapes, seed=i) for i in range(2)]
+    for model in models:
+        words.save_pretrained(model)
+        (Path(model) / "config.json").write_text(json.dumps({"vocab_size": rows}))
+    asked = {"source": "union", "pad_to_multiple_of": 128}
+    made = recipe("linear", models, base_model=models[0], tokenizer=asked)
+    refused = run(made, place / "out", "100MiB", "--workers", "2")
+    assert "whole tensors 0 MiB" in refused.said
+    enough = re.search(r"inputs (\d+) MiB\nFix: --allowed-mem (\d+)MiB\n", refused.said)
+    assert enough, refused.said
+    assert int(enough[1]) * MiB < rows * width * 2 // 4
+    found = run(made, place / "out", f"{enough[2]}MiB", "--workers", "2")
+    check(found, int(enough[2]) * MiB)
+
+    out, *held = (place / name / "model.safetensors" for name in ("out", "0", "1"))
+    with safe_open(out, "pt") as file, safe_open(held[0], "pt") as a, safe_open(held[1], "pt") as b:
+        merged, first, second = (f.get_slice("model.embed_tokens.weight") for f in (file, a, b))
+        assert merged.get_shape() == [-(-rows // 128) * 128, width]
+        for start in range(0, width, 8192):
+            cut = slice(start, start + 8192)
+            known = (first[:, cut].float() + second[:, cut].float()) / 2
+            torch.testing.assert_close(merged[:rows, cut], known.bfloat16(), rtol=0, atol=0)
+            mean = known.double().mean(0).bfloat16().expand(-rows % 128, -1)
+            torch.testing.assert_close(merged[rows:, cut], mean, rtol=2**-7, atol=1e-6)
 
 
 @pytest.mark.full
