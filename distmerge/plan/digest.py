@@ -26,7 +26,7 @@ from distmerge.expressions.nodes import (
 from distmerge.expressions.tokenizer_files import TokenizerFiles
 from distmerge.methods.fusion import fused_loops
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Changes when the same plan would give other bytes."""
 
 
