@@ -15,7 +15,7 @@ from distmerge.checkpoints.opening import open_checkpoint
 from distmerge.checkpoints.renaming import Rule
 from distmerge.checkpoints.store import StorageOptions
 from distmerge.checkpoints.tensors import Checkpoint
-from distmerge.errors import RecipeError
+from distmerge.errors import DistmergeError, RecipeError
 from distmerge.expressions.lazy import LazyStateDict
 from distmerge.expressions.model_ref import ModelRef
 from distmerge.expressions.nodes import Expression, Leaf, leaves, name_of
@@ -24,7 +24,7 @@ from distmerge.expressions.recipe_chat import in_one_template
 from distmerge.expressions.recipe_formula_build import build_formula, unknown_model
 from distmerge.expressions.recipe_roles import Roles, assign_roles
 from distmerge.expressions.recipe_slices import build_parts
-from distmerge.expressions.recipe_tokenizer import check_names
+from distmerge.expressions.recipe_tokenizer import Misspelt, check_names, near_names
 from distmerge.expressions.recipe_vocabulary import InOneVocabulary, in_one_vocabulary
 from distmerge.expressions.request import MergeRequest, warnings_of
 
@@ -77,6 +77,12 @@ class Settled:
         """The model of a name: a formula's name may be short for one."""
         return self.recipe.names.get(ref.path) or ref
 
+    def near_names(self) -> dict[Location, Misspelt]:
+        """Tokenizers' models with nearly the name of another."""
+        section = self.recipe.vocabulary
+        merged = {ref.path for ref in self.merged()} if section else set()
+        return near_names(section, self.recipe.document, merged) if section else {}
+
     def every_nested(self) -> Iterator[tuple[str, Settled]]:
         """The recipes that it needs, those that others need first."""
         for name, inner in self.nested.items():
@@ -105,7 +111,8 @@ def _only_for_files(name: str, nested: Recipe) -> list[str]:
 def build_request(recipe: Recipe, storage_options: StorageOptions) -> MergeRequest:
     """See `Recipe.request`."""
     settled = settle(recipe)
-    return request_of(settled, pin_models(settled.named(), storage_options), storage_options)
+    pinned = pin_models(settled.named(), storage_options, settled.near_names())
+    return request_of(settled, pinned, storage_options)
 
 
 def request_of(
@@ -194,21 +201,31 @@ def settle(recipe: Recipe) -> Settled:
 
 
 def pin_models(
-    models: Iterable[ModelRef], storage_options: StorageOptions
+    models: Iterable[ModelRef],
+    storage_options: StorageOptions,
+    near: Mapping[Location, Misspelt] | None = None,
 ) -> dict[Location, Checkpoint]:
     """Open each model once, all at the same time. Raises the first's error, and RecipeError for
-    one that is renamed in two ways."""
+    one that is renamed in two ways.
+
+    near: names that may be misspelt, which the errors tell.
+    """
     models = list(models)
     unique, rules = _unique(models), _rules(models)
 
     def pin(model: ModelRef) -> Checkpoint:
-        return open_checkpoint(
-            model.path,
-            revision=model.revision,
-            adapter=model.location.adapter,
-            rename=rules.get(model.location, ()),
-            storage_options=storage_options,
-        )
+        try:
+            return open_checkpoint(
+                model.path,
+                revision=model.revision,
+                adapter=model.location.adapter,
+                rename=rules.get(model.location, ()),
+                storage_options=storage_options,
+            )
+        except DistmergeError as error:
+            if near and model.location in near:
+                raise near[model.location].told(error) from error
+            raise
 
     with ThreadPoolExecutor(_MODELS_AT_ONCE, thread_name_prefix="distmerge-open") as pool:
         return dict(zip(unique, pool.map(pin, unique.values()), strict=True))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from distmerge.errors import CheckpointNotFound, RecipeError
+from distmerge.checkpoints.location import HUB_SCHEME, Location
+from distmerge.errors import CheckpointNotFound, DistmergeError, RecipeError
 from distmerge.expressions.model_ref import ModelRef
 from distmerge.expressions.recipe_text import Document
 from distmerge.expressions.recipe_words import TOP_KEYS
@@ -81,6 +84,19 @@ class TokenizerSection(BaseModel):
                 yield rule.source.model
 
 
+@dataclass(frozen=True)
+class Misspelt:
+    """A name that may stand for another one."""
+
+    where: str
+    meant: str
+
+    def told(self, error: DistmergeError) -> DistmergeError:
+        """What went wrong with the name, and what may have been meant."""
+        fix = f"did you mean {self.meant!r}?" + (f" Else: {error.fix}" if error.fix else "")
+        return type(error)(error.headline, *error.facts, self.where, fix=fix)
+
+
 def check_names(section: TokenizerSection, document: Document, models: Mapping[str, bool]) -> None:
     """Refuse a name that is nearly a model's: as a name on the Hub it would be looked for there.
 
@@ -89,17 +105,9 @@ def check_names(section: TokenizerSection, document: Document, models: Mapping[s
     Raises
         RecipeError: nothing on this machine has that name, and one of the models nearly has.
     """
-    source: KeyPath = (
-        ("tokenizer", "source") if "tokenizer" in document.data else ("tokenizer_source",)
-    )
-    named: list[tuple[KeyPath, ModelRef | None]] = [(source, section.model)]
-    for token, rule in section.tokens.items():
-        given = rule.source.model if isinstance(rule.source, ModelToken) else rule.source
-        model = given if isinstance(given, ModelRef) else None
-        named.append((("tokenizer", "tokens", token, "source"), model))
     here = [name for name, remote in models.items() if not remote]
-    for at, ref in named:
-        if ref is None or ref.path in models or not _may_be_misspelt(ref):
+    for at, ref in _named(section, document):
+        if ref.path in models or not _may_be_misspelt(ref):
             continue
         near = difflib.get_close_matches(ref.path, ["union", "base", *here], 1)
         if near:
@@ -110,12 +118,38 @@ def check_names(section: TokenizerSection, document: Document, models: Mapping[s
             )
 
 
+def near_names(
+    section: TokenizerSection, document: Document, models: Collection[str]
+) -> dict[Location, Misspelt]:
+    """Models of the Hub with a name that is nearly that of one of the recipe's: should they not be
+    there, what may have been meant."""
+    return {
+        ref.location: Misspelt(document.where(at), near[0])
+        for at, ref in _named(section, document)
+        if ref.path not in models
+        and ref.location.root.startswith(HUB_SCHEME)
+        and (near := difflib.get_close_matches(ref.path, models, 1))
+    }
+
+
+def _named(section: TokenizerSection, document: Document) -> Iterator[tuple[KeyPath, ModelRef]]:
+    """Where which models are named."""
+    if section.model is not None:
+        own = "tokenizer" in document.data
+        yield ("tokenizer", "source") if own else ("tokenizer_source",), section.model
+    for token, rule in section.tokens.items():
+        given = rule.source.model if isinstance(rule.source, ModelToken) else rule.source
+        if isinstance(given, ModelRef):
+            yield ("tokenizer", "tokens", token, "source"), given
+
+
 def _may_be_misspelt(ref: ModelRef) -> bool:
     try:
         location = ref.location
     except CheckpointNotFound:
         return True
-    return location.bare and "/" not in ref.path
+    parent = os.path.dirname(ref.path)
+    return location.bare and (not parent or os.path.isdir(parent))
 
 
 def one_section(

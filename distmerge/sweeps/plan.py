@@ -140,7 +140,8 @@ def plan_sweep(
     settled = [_named(candidate) for candidate in sweep.candidates]
     pinned = {} if pinned is None else pinned
     named = [ref for one in settled for ref in one.named() if ref.location not in pinned]
-    pinned |= pin_models(named, options)
+    near = {at: name for one in settled for at, name in one.near_names().items()}
+    pinned |= pin_models(named, options, near)
     sending = open_output(out or ".", options).buffers  # a local one, where none is named
     # The recipes hold the overrides already.
     plain = replace(settings, overrides=(), strict=False)

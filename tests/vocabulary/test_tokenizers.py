@@ -15,7 +15,7 @@ from tokenizers import AddedToken
 from vocabulary.models import TEXTS, aligned, save, tokenizer, vocabulary
 
 import distmerge
-from distmerge.errors import RecipeError, ShapeMismatch
+from distmerge.errors import CheckpointNotFound, RecipeError, ShapeMismatch
 from distmerge.expressions.recipe import load_recipe
 from distmerge.run.merge import plan
 
@@ -208,6 +208,30 @@ def test_a_name_that_is_nearly_a_models_is_not_looked_for_on_the_hub(models, mon
     assert headline in refused.value.headline
     assert "line 1" in refused.value.headline
     assert f"did you mean {fix}?" in (refused.value.fix or "")
+
+
+def test_a_path_that_is_nearly_a_models_is_not_looked_for_on_the_hub(models, monkeypatch):
+    folder = Path(models.places["law"]).parent
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody answers there
+    places = {name: f"{folder.name}/{name}" for name in models.places}
+    text = recipe(places, tokenizer_source=f"{folder.name}/lax")
+    with pytest.raises(RecipeError, match=f"there is no '{folder.name}/lax'") as refused:
+        load_recipe(text).request()
+    assert f"did you mean '{folder.name}/law'?" in (refused.value.fix or "")
+
+
+def test_a_name_on_the_hub_that_is_nearly_a_models_is_explained(hub, models):
+    for name, place in models.places.items():
+        hub.add_repo(f"words/{name}", Path(place))
+    names = {name: f"words/{name}" for name in models.places}
+    for section in ({"source": "words/lwa"}, {"tokens": {"Ġthe": {"source": "words/lwa"}}}):
+        with pytest.raises(CheckpointNotFound, match="hf://words/lwa") as refused:
+            load_recipe(recipe(names, tokenizer=section)).request()
+        assert "did you mean 'words/law'? Else: check the spelling" in (refused.value.fix or "")
+        assert any("line 1" in fact for fact in refused.value.facts)
+    hub.add_repo("words/lwa", Path(models.places["law"]))  # now there is such a model
+    assert load_recipe(recipe(names, tokenizer_source="words/lwa")).request().tokenizer
 
 
 def test_names_in_a_formula_are_offered_too(models):
