@@ -12,7 +12,8 @@ from distmerge.checkpoints.tensors import Checkpoint
 from distmerge.checkpoints.views import parts_of
 from distmerge.errors import DistmergeError, MemoryBudgetError, RecipeError
 from distmerge.expressions.problems import SHOWN
-from distmerge.expressions.recipe_build import Settled, pin_models, request_of, settle
+from distmerge.expressions.recipe_build import Settled, request_of, settle
+from distmerge.expressions.recipe_opening import pin_models
 from distmerge.plan.bundle import passes
 from distmerge.plan.memory import MemoryPlan
 from distmerge.plan.plan import Plan
