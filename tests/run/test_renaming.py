@@ -19,6 +19,9 @@ import distmerge
 from distmerge.errors import DistmergeError, KeyMismatch, ParameterError, RecipeError
 from distmerge.plan.explain import to_json
 from distmerge.run.merge import plan
+from distmerge.run.options import MergeOptions
+from distmerge.sweeps.definition import load_sweep
+from distmerge.sweeps.run import run_sweep
 
 RULES = [
     {"prefix": "net.", "to": "model."},
@@ -159,6 +162,19 @@ def test_rules_hold_wherever_the_model_is_named(here):
     assert not same_tensors(tensors_at("formula"), tensors_at("usual formula"))
     with pytest.raises(RecipeError, match="other is renamed in two ways"):
         plan(ties(base, "base", {"model": "other", "rename": {"net.": "model."}}))
+
+
+def test_in_a_sweep_every_candidate_is_renamed(here):
+    grid = {"models.1.parameters.weight": [0.25, 0.75]}
+
+    def swept(other: Any, out: str) -> list[str]:
+        listed = [{"model": "base", "parameters": {"weight": 1.0}}, {**other, "parameters": {}}]
+        sweep = load_sweep({"merge_method": "linear", "models": listed, "grid": grid})
+        return [result.place for result in run_sweep(sweep, out, MergeOptions(workers=2))]
+
+    found, wanted = swept(OTHER, "found"), swept({"model": "law"}, "wanted")
+    assert [weight_bytes(place) for place in found] == [weight_bytes(place) for place in wanted]
+    assert weight_bytes(found[0]) != weight_bytes(found[1])
 
 
 def test_explain_plan_and_digest_tell_of_it(here):

@@ -19,6 +19,7 @@ from vocabulary.models import TEXTS, save, tokenizer
 
 import distmerge
 
+Change = Callable[[str, Path], tuple[Any, dict[str, Tensor]]]
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 UP = "model.layers.0.mlp.up_proj.weight"
 
@@ -97,9 +98,7 @@ def renamed(place: str, folder: Path) -> tuple[Any, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("change", [with_adapter, in_eight_bits, renamed])
-def test_as_if_the_model_had_been_changed_before(
-    places, tmp_path, change: Callable[[str, Path], tuple[Any, dict[str, Tensor]]]
-):
+def test_as_if_the_model_had_been_changed_before(places, tmp_path, change: Change):
     given, meant = change(places["law"], tmp_path)
     plain = copied(places["law"], tmp_path / "plain", meant)
     found, expected = tmp_path / "found", tmp_path / "expected"
@@ -128,9 +127,11 @@ def test_in_slices_as_in_models(places, tmp_path):
 
 
 @pytest.mark.full
-def test_on_ray_the_bytes_are_those_of_one_process(places, tmp_path):
-    given, _ = with_adapter(places["law"], tmp_path)
-    text = recipe(places["prose"], given)
+@pytest.mark.parametrize("change", [with_adapter, renamed])
+def test_on_ray_the_bytes_are_those_of_one_process(places, tmp_path, change: Change):
+    given, _ = change(places["law"], tmp_path)
+    asked = {"source": "union", "pad_to_multiple_of": 64}
+    text = recipe(places["prose"], given, tokenizer=asked)
     here, there = tmp_path / "here", tmp_path / "there"
     distmerge.merge(text, str(here))
     distmerge.merge(text, str(there), engine="ray", workers=2, max_shard_size="6KB")
