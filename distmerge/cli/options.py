@@ -31,7 +31,12 @@ Address = Annotated[
     typer.Option(help="Ray cluster to join: auto, or ray://HOST:PORT. One is started if absent."),
 ]
 Workers = Annotated[
-    int | None, typer.Option(min=1, help="Threads (local) or actors (Ray). Default: usable cores.")
+    int | None,
+    typer.Option(
+        min=1,
+        help="Threads (local) or actors (Ray). Default: usable cores; on a cluster that is joined, "
+        "as many as have work, on nodes that come later too.",
+    ),
 ]
 AllowedMem = Annotated[
     str, typer.Option(metavar="SIZE", help="Per worker process, Python and torch included.")

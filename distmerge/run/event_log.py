@@ -24,8 +24,8 @@ from distmerge.write.shard import STAGING
 class EventLog:
     """Collects events, and writes all of them anew where there are new ones.
 
-    Bytes as they move are left out, unless they are a shard's, so that a log grows with the plan
-    and not with the time that it takes.
+    Bytes as they move are left out, since each shard's are told at its end: so a log grows with
+    the plan and not with the time that it takes.
     """
 
     def __init__(self, output: OutputStore, digest: str) -> None:
@@ -38,7 +38,7 @@ class EventLog:
 
     def __call__(self, event: Event) -> None:
         """Take an event in; the plan is kept at once."""
-        if event.kind == "progress" and "shard" not in event.data:
+        if event.kind == "progress":
             return
         line = replace(event, data=_without_secrets(event.data)).json()
         with self._noting:

@@ -14,15 +14,26 @@ if TYPE_CHECKING:
     from distmerge.write.shard import Receipt
 
 Kind = Literal[
-    "plan", "notice", "worker", "progress", "unit", "retry", "score", "publish", "failed", "done"
+    "plan",
+    "notice",
+    "worker",
+    "progress",
+    "unit",
+    "retry",
+    "stall",
+    "score",
+    "publish",
+    "failed",
+    "done",
 ]
 """plan: units, bytes_in, bytes_out, tensors, resumed (units that an earlier run finished)
 notice: text
 worker: node, pid of a worker on a cluster that is ready
 progress: bytes_read, bytes_written since the last event of this kind; on a cluster also shard,
     and node and pid of its worker
-unit: shard, bytes_read, bytes_written of all of it, done (units so far), total
+unit: shard, bytes_read, bytes_written of all of it, done (units so far), total; on a cluster node
 retry: shard, attempt, node (where the worker was lost), reason
+stall: shard, node, pid of a worker that has moved no byte for so many seconds
 score: candidate, scores (name -> number), error (None, or why there are none), seconds,
     done (candidates so far)
 publish: shards, bytes_read, bytes_written of all of them; they are there, now to be published

@@ -242,7 +242,8 @@ def _run(
             finished = sum(receipt is not None for receipt in done.values())
             data = {"shard": receipt.shard, "done": finished, "total": len(decided.units)}
             moved = {"bytes_read": receipt.bytes_read, "bytes_written": receipt.size}
-            listener(Event("unit", data | moved))
+            where = {"node": receipt.node} if receipt.node else {}
+            listener(Event("unit", data | moved | where))
     return [receipt for receipt in done.values() if receipt is not None]
 
 
@@ -274,7 +275,7 @@ def open_engine(
     return RayEngine(
         worker,
         workers=settings.processes,
-        all_processors=settings.workers is None,
+        as_needed=settings.workers is None,
         address=settings.address,
         kernel=decided.kernel,
         listener=listener,

@@ -21,7 +21,8 @@ class MergeOptions:
     address: str | None = None
     """Of a Ray cluster to join; None starts one here."""
     workers: int | None = None
-    """Threads of the local engine, actors of the Ray engine; default the usable cores."""
+    """Threads of the local engine, actors of the Ray engine; default the usable cores, and on a
+    cluster that is joined as many as there are units for."""
     allowed_mem: int | str = DEFAULT_MEMORY
     """Per worker process, interpreter and torch included."""
     max_shard_size: int | str | None = None

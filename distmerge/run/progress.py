@@ -244,6 +244,9 @@ def sentences(event: Event, told: set[str]) -> Iterator[str]:
     elif event.kind == "retry":
         shard, attempt, reason = data["shard"], data["attempt"], data["reason"]
         yield f"Again, attempt {attempt}: {shard}, since {reason}"
+    elif event.kind == "stall":
+        seconds = format_seconds(data["seconds"])
+        yield f"No byte has moved for {seconds}: {data['shard']}, on {data['node']}"
     elif event.kind == "score":
         scores = [f"{name} {value:.6g}" for name, value in data["scores"].items()]
         yield f"{data['candidate']}: {data['error'] or ', '.join(scores)}"

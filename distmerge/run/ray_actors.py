@@ -21,13 +21,20 @@ from distmerge.errors import RecipeError, WorkerLost
 from distmerge.plan.work import Source
 from distmerge.run.events import Event, Listener
 from distmerge.run.ray_cluster import asked_for
+from distmerge.run.ray_metrics import Metrics
 from distmerge.run.ray_worker import Greeting, RayWorker, versions
 from distmerge.run.worker import WorkerSettings
 
 ATTEMPTS = 3
 """Times that a unit may lose its worker, or workers in a row fail to start, before the run gives
 up."""
+QUEUED = 64
+"""Workers that wait for a place at a time: enough for any cluster that grows to begin with."""
 LOST = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
+
+
+_REMOTE: Any = ray.remote  # its types know no groups
+_WORKER = _REMOTE(concurrency_groups={"watch": 1})(RayWorker)
 
 
 @dataclass(eq=False)
@@ -47,16 +54,24 @@ class Roster:
         self.coming: dict[Any, Any] = {}
         """What they will say -> those that have not said hello yet."""
         self.asked = asked_for(settings)
+        self.metrics = Metrics()
         self._settings = settings
         self._kernel = kernel
         self._listener = listener
         self._false_starts: list[str] = []
 
     def call_up(self, enough: int, sources: Sequence[Source]) -> None:
-        """See to it that so many actors are there or coming, spread over the nodes."""
+        """See to it that so many actors are there or coming, spread over the nodes, and no more
+        are coming than that.
+
+        Those for which there is no room wait in Ray's queue, which is what makes a cluster grow
+        that can; on a node that joins they start."""
         told = cloudpickle.dumps(self._settings), cloudpickle.dumps(list(sources))
-        while len(self.live) + len(self.coming) < enough:
-            made: Any = ray.remote(RayWorker).options(
+        while self.coming and len(self.live) + len(self.coming) > enough:
+            _, surplus = self.coming.popitem()
+            ray.kill(surplus)
+        while len(self.live) + len(self.coming) < enough and len(self.coming) < QUEUED:
+            made: Any = _WORKER.options(
                 num_cpus=self.asked["CPU"],
                 num_gpus=self.asked.get("GPU", 0),
                 memory=int(self.asked["memory"]),
@@ -112,6 +127,7 @@ class Roster:
             ) from error
         told = {"shard": what, "attempt": len(places) + 1, "node": places[-1], "reason": lines[0]}
         self._listener(Event("retry", told))
+        self.metrics.add("retries", 1, places[-1])
 
     def close(self) -> None:
         """End them all."""

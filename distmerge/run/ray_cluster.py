@@ -39,11 +39,6 @@ def this_node() -> str:
     return f"{_RAY.util.get_node_ip_address()}/{node[:6]}"
 
 
-def processors() -> int:
-    """Of the whole cluster, as it is now."""
-    return max(1, int(_RAY.cluster_resources().get("CPU", 0)))
-
-
 def asked_for(settings: WorkerSettings) -> dict[str, float]:
     """What a worker asks of a node, in Ray's words: cores, bytes, and a GPU where it computes on
     one. Ray only counts the bytes; that they are kept is the memory plan's part."""

@@ -8,6 +8,7 @@ No tensor passes through the driver or Ray's object store; units go out, receipt
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,8 @@ from distmerge.expressions.model_questions import KeyPartials
 from distmerge.plan.work import Source, WorkUnit
 from distmerge.run.events import Event, Listener, silent
 from distmerge.run.ray_actors import LOST, Actor, Roster, answer
-from distmerge.run.ray_cluster import described, fits_somewhere, join, processors
+from distmerge.run.ray_cluster import described, fits_somewhere, join
+from distmerge.run.ray_meter import LOOK, Meter
 from distmerge.run.worker import WorkerSettings
 from distmerge.write.shard import Receipt
 
@@ -38,16 +40,17 @@ class RayEngine:
         workers: int,
         kernel: str,
         address: str | None = None,
-        all_processors: bool = False,
+        as_needed: bool = False,
         listener: Listener = silent,
     ) -> None:
-        """all_processors: as many workers as a cluster that isn't started here has processors."""
+        """as_needed: on a cluster that isn't started here, as many workers as there are units for,
+        whoever finds room; those that don't wait for nodes that come."""
         self._listener = listener
         self._started = not ray.is_initialized()
         if self._started:
             join(address, workers)
         here = self._started and address is None
-        self._workers = processors() if all_processors and not here else workers
+        self._workers = None if as_needed and not here else workers
         self._roster = Roster(settings, kernel, listener)
         if here and not fits_somewhere(self._roster.asked):
             self.close()
@@ -59,10 +62,7 @@ class RayEngine:
 
     def merge(self, units: Sequence[WorkUnit], known: Mapping[Place, Any]) -> Iterator[Receipt]:
         """Receipts as units finish, on whichever actor."""
-        for unit, receipt, actor in self._map("merge", units, known):
-            moved = {"bytes_read": receipt.bytes_read, "bytes_written": receipt.size}
-            where = {"shard": unit.shard, "node": actor.node, "pid": actor.pid}
-            self._listener(Event("progress", moved | where))
+        for _, receipt in self._map("merge", units, known):
             yield receipt
 
     def ask(
@@ -71,15 +71,15 @@ class RayEngine:
         """Shares in the units' order: floats are folded in key order, whoever was first."""
         waiting: dict[int, list[KeyPartials]] = {}
         order = [unit.index for unit in units]
-        for unit, share, _ in self._map("ask", units, known):
+        for unit, share in self._map("ask", units, known):
             waiting[unit.index] = cloudpickle.loads(share)
             while order and order[0] in waiting:
                 yield waiting.pop(order.pop(0))
 
     def _map(
         self, job: str, units: Sequence[WorkUnit], known: Mapping[Place, Any]
-    ) -> Iterator[tuple[WorkUnit, Any, Actor]]:
-        """Units as they finish, what came of them, and who ran them."""
+    ) -> Iterator[tuple[WorkUnit, Any]]:
+        """Units as they finish, and what came of them."""
         # Our own pickle: a user's functions, which workers can't import, travel by value in it.
         answers = ray.put(cloudpickle.dumps(dict(known)))
         sources = list(_sources(units).values())
@@ -87,6 +87,7 @@ class RayEngine:
         losses: dict[int, list[str]] = {}
         idle = list(self._roster.live)
         running: dict[Any, tuple[Actor, WorkUnit]] = {}
+        meter = Meter(self._listener, self._roster.metrics)
         while todo or running:
             while pair := pairing(todo, idle, self._roster.live, losses):
                 actor, unit = pair
@@ -94,30 +95,37 @@ class RayEngine:
                 todo.remove(unit)
                 sent = cloudpickle.dumps(unit)
                 running[getattr(actor.handle, job).remote(sent, answers)] = pair
-            self._roster.call_up(min(self._workers, len(running) + len(todo)), sources)
-            finished = self._wait(running)
+                meter.begin(actor, unit)
+            left = len(running) + len(todo)
+            self._roster.call_up(min(self._workers or left, left), sources)
+            finished = self._wait(running, meter)
             if finished in self._roster.coming:
                 idle += self._roster.welcome(finished)
                 continue
             actor, unit = running.pop(finished)
             try:
-                result = answer(finished)
+                result, moved = answer(finished)
             except LOST as error:
+                meter.lose(actor)
                 self._roster.lose(actor)
                 losses.setdefault(unit.index, []).append(actor.node)
                 self._roster.note_loss(unit.shard, losses[unit.index], error)
                 todo.insert(0, unit)  # what always kills its worker is to be known early
                 continue
+            meter.end(actor, moved)
             idle.append(actor)
-            yield unit, result, actor
+            yield unit, result
 
-    def _wait(self, running: Mapping[Any, Any]) -> Any:
+    def _wait(self, running: Mapping[Any, Any], meter: Meter) -> Any:
         """The first answer; says so when there is none for want of workers."""
+        since = time.monotonic()
         while True:
-            finished, _ = ray.wait([*running, *self._roster.coming], timeout=PATIENCE)
+            meter.look()
+            finished, _ = ray.wait([*running, *self._roster.coming], timeout=LOOK)
             if finished:
                 return finished[0]
-            if not running:
+            if not running and time.monotonic() - since >= PATIENCE:
+                since = time.monotonic()
                 need = described(self._roster.asked)
                 room = "" if fits_somewhere(self._roster.asked) else "; no node is that large"
                 text = f"Waiting for {len(self._roster.coming)} workers of {need} each{room}."

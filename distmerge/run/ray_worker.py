@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from typing import TypedDict
 
 import cloudpickle
+import ray
 import torch
 
 from distmerge.plan.digest import FORMAT_VERSION, kernel_class
 from distmerge.plan.memory import bare_process, fitted
-from distmerge.plan.work import Source
+from distmerge.plan.work import Source, WorkUnit
 from distmerge.run.ray_cluster import this_node
+from distmerge.run.ray_metrics import Metrics
 from distmerge.run.worker import Worker, WorkerSettings
 from distmerge.write.shard import Receipt
+
+Moved = tuple[int, int, int]
+"""A unit's index, and the bytes of it that have been read and written."""
 
 
 class Greeting(TypedDict):
@@ -36,6 +42,9 @@ class RayWorker:
 
     def __init__(self) -> None:
         self._worker: Worker
+        self._moved = 0, 0, 0
+        self._counting = threading.Lock()
+        self._metrics = Metrics()
 
     def hello(self, expected: Mapping[str, str], settings: bytes, sources: bytes) -> Greeting:
         """Start, unless the versions here are not the driver's.
@@ -48,7 +57,8 @@ class RayWorker:
             return found
         told: WorkerSettings = cloudpickle.loads(settings)
         memory = fitted(told.memory, bare_process())
-        self._worker = Worker(replace(told, memory=memory))
+        settings_here = replace(told, memory=memory, node=found["node"])
+        self._worker = Worker(settings_here, self._count)
         self._look_at(cloudpickle.loads(sources))
         found["kernel"] = kernel_class(told.device)
         return found
@@ -58,15 +68,39 @@ class RayWorker:
             file = next(iter(source.files.values()))
             self._worker.open(source).read_into(file, 0, memoryview(bytearray(1)))
 
-    def merge(self, unit: bytes, known: bytes) -> Receipt:
-        """See `Worker.merge`."""
-        return self._worker.merge(cloudpickle.loads(unit), cloudpickle.loads(known))
+    def merge(self, unit: bytes, known: bytes) -> tuple[Receipt, Moved]:
+        """See `Worker.merge`; and what it has moved."""
+        receipt = self._worker.merge(self._begin(unit), cloudpickle.loads(known))
+        self._metrics.add("units", 1, self._worker.settings.node)
+        return receipt, self._so_far()
 
-    def ask(self, unit: bytes, known: bytes) -> bytes:
+    def ask(self, unit: bytes, known: bytes) -> tuple[bytes, Moved]:
         """See `Worker.ask`. The share goes back pickled: what Ray hands out itself is read-only,
         and partial answers are folded in place."""
-        share = self._worker.ask(cloudpickle.loads(unit), cloudpickle.loads(known))
-        return bytes(cloudpickle.dumps(share))
+        share = self._worker.ask(self._begin(unit), cloudpickle.loads(known))
+        return bytes(cloudpickle.dumps(share)), self._so_far()
+
+    @ray.method(concurrency_group="watch")
+    def moved(self) -> Moved:
+        """What the unit at hand has moved so far; answered while it runs."""
+        return self._so_far()
+
+    def _so_far(self) -> Moved:
+        with self._counting:
+            return self._moved
+
+    def _begin(self, unit: bytes) -> WorkUnit:
+        begun: WorkUnit = cloudpickle.loads(unit)
+        with self._counting:
+            self._moved = begun.index, 0, 0
+        return begun
+
+    def _count(self, read: int, written: int) -> None:
+        with self._counting:
+            index, r, w = self._moved
+            self._moved = index, r + read, w + written
+        self._metrics.add("bytes_read", read, self._worker.settings.node)
+        self._metrics.add("bytes_written", written, self._worker.settings.node)
 
 
 def versions() -> dict[str, str]:

@@ -44,6 +44,8 @@ class WorkerSettings:
     allow_non_finite: bool = False
     storage_options: StorageOptions = field(default_factory=dict, repr=False)
     """Kept out of every representation: it may hold credentials."""
+    node: str = ""
+    """Where on a cluster the worker is; told by itself."""
 
 
 class Worker:
@@ -92,7 +94,8 @@ class Worker:
         except BaseException:
             writer.discard()
             raise
-        return write_receipt(output, self.settings.digest, run, writer.size, checksum)
+        digest, node = self.settings.digest, self.settings.node
+        return write_receipt(output, digest, run, writer.size, checksum, node=node)
 
     def ask(self, unit: WorkUnit, known: Mapping[Place, Any]) -> list[KeyPartials]:
         """What the unit's keys have to say to open questions about the whole model."""
@@ -154,6 +157,7 @@ def write_receipt(
     checksum: str,
     *,
     bytes_read: int | None = None,
+    node: str = "",
 ) -> Receipt:
     """The proof that the unit's shard is whole, once its writer has committed it.
 
@@ -167,6 +171,7 @@ def write_receipt(
         lost=run.tally.lost,
         bytes_read=run.bytes_read if bytes_read is None else bytes_read,
         peak_memory=peak_memory(),
+        node=node,
     )
     output.write_bytes(receipt_path(digest, run.unit.shard), receipt.to_json())
     return receipt

@@ -34,6 +34,8 @@ class Receipt:
     bytes_read: int = 0
     peak_memory: int = 0
     """The worker's high-water mark, bytes; 0 where it isn't known."""
+    node: str = ""
+    """Where on a cluster it was written."""
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self)).encode()

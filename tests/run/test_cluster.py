@@ -23,6 +23,8 @@ from run.family import Family, names_below, on_grid, same_tensors, save_model, t
 from run.merging import SMALL, comparable, differing, run
 from servers.ray_nodes import RayNodes
 
+from distmerge.run.ray_meter import LOOK
+
 pytestmark = pytest.mark.full
 
 UNITS = 60
@@ -212,6 +214,43 @@ def test_a_raylet_that_dies_alone_takes_its_worker_along(nodes, slowly, many, tm
     driver.end()
     assert [event["node"][-7:] for event in driver.of("retry")] == [on_it]
     assert_merged(tmp_path / "out", many)
+
+
+def test_a_node_that_joins_in_mid_merge_gets_work(slowly, many, tmp_path):
+    growing = RayNodes(1)
+    try:
+        recipe, go = held(slowly, tmp_path)
+        driver = Driver(growing, recipe, tmp_path / "out", "--max-shard-size", str(SMALL))
+        assert driver.until(lambda: len(driver.of("worker")) == 1)
+        joined = growing.add()
+        # Nobody has finished a unit: all units are there for the worker that comes.
+        assert driver.until(lambda: len(driver.of("worker")) == 2), "its worker was queued before"
+        assert not driver.of("unit")
+        go.touch()
+        driver.end()
+    finally:
+        growing.stop()
+    assert driver.of("worker")[1]["node"].endswith(f"/{joined.id[:6]}")
+    nodes_of = {event["node"][-6:] for event in driver.of("unit")}
+    assert nodes_of == {event["node"][-6:] for event in driver.of("worker")}
+    assert_merged(tmp_path / "out", many)
+
+
+def test_bytes_are_told_while_a_unit_runs(nodes, slowly, many, tmp_path):
+    recipe, go = held(slowly, tmp_path)
+    driver = Driver(nodes, recipe, tmp_path / "out", "--workers", "1")
+    assert driver.until(lambda: any(e["bytes_read"] > 0 for e in driver.of("progress")))
+    assert not driver.of("unit")
+    go.touch()
+    driver.end()
+    (told,) = driver.of("plan")
+    moved = driver.of("progress")
+    assert sum(event["bytes_read"] for event in moved) == told["bytes_in"]
+    assert sum(event["bytes_written"] for event in moved) == told["bytes_out"]
+    (worker,) = driver.of("worker")
+    assert {(event["node"], event["pid"]) for event in moved} == {(worker["node"], worker["pid"])}
+    seconds = driver.events[-1]["time"] - worker["time"]
+    assert len(moved) <= seconds / LOOK + 2
 
 
 def test_after_the_drivers_death_only_missing_shards_are_written(nodes, slowly, many, tmp_path):

@@ -14,6 +14,7 @@ from typing import Any
 import cloudpickle
 import psutil
 import pytest
+import ray
 from run.family import MODELS, Family, names_below, same_tensors, save_model, tensors_at
 from run.merging import SMALL, differing, everything, least_memory, run, small_models
 
@@ -21,8 +22,12 @@ import distmerge
 from distmerge.errors import MethodError, WorkerLost
 from distmerge.run.events import Event
 from distmerge.run.merge import plan
-from distmerge.run.ray_actors import Actor
+from distmerge.run.ray_actors import QUEUED, Actor, Roster
 from distmerge.run.ray_engine import RayEngine, pairing
+from distmerge.run.ray_meter import LOOK, STALL, Meter
+from distmerge.run.ray_metrics import Metrics
+from distmerge.run.ray_worker import Moved
+from distmerge.run.worker import WorkerSettings
 
 pytestmark = pytest.mark.usefixtures("cluster")
 
@@ -244,12 +249,89 @@ def test_a_unit_goes_elsewhere_than_where_it_lost_its_worker(models):
     assert pairing([lost], [here], [here, there], losses) == (here, lost)
 
 
+def speaker() -> Any:
+    """An actor that says what it is told to say."""
+
+    class Speaker:  # in here, so that it travels by value
+        def moved(self) -> tuple[int, int, int]:
+            return self.says
+
+        def say(self, says: tuple[int, int, int]) -> None:
+            self.says = says
+
+    return ray.remote(Speaker).options(num_cpus=0).remote()
+
+
+class Watched:
+    """A meter with a clock that is set by hand, on one real actor."""
+
+    def __init__(self, unit: Any) -> None:
+        self.now = 0.0
+        self.events: list[Event] = []
+        self.meter = Meter(self.events.append, Metrics(), lambda: self.now)
+        self.actor = Actor(speaker(), "here", 7)
+        self.meter.begin(self.actor, unit)
+
+    def look(self, says: Moved) -> list[dict[str, Any]]:
+        """What a pair of looks tells: one asks, and the next hears."""
+        ray.get(self.actor.handle.say.remote(says))
+        seen = len(self.events)
+        self.now += LOOK
+        self.meter.look()
+        ray.wait(list(self.meter._asked), num_returns=1)
+        self.now += LOOK
+        self.meter.look()
+        ray.wait(list(self.meter._asked), num_returns=1)
+        return [{"event": e.kind, **e.data} for e in self.events[seen:]]
+
+
+def test_what_a_busy_worker_moves_is_told_once_and_a_stall_too(models):
+    units = plan(distmerge.soup([distmerge.open(model) for model in models]), max_shard_size=SMALL)
+    before, unit = units.units[:2]
+    watched = Watched(unit)
+    where = {"shard": unit.shard, "node": "here", "pid": 7}
+    assert watched.look((before.index, 50, 50)) == [], "of the unit before"
+    first = {"event": "progress", "bytes_read": 10, "bytes_written": 0, **where}
+    assert watched.look((unit.index, 10, 0)) == [first]
+    assert watched.look((unit.index, 10, 0)) == []
+    watched.now += STALL
+    (stalled,) = watched.look((unit.index, 10, 0))
+    assert stalled.pop("seconds") >= STALL
+    assert stalled == {"event": "stall", **where}
+    watched.now += STALL
+    assert watched.look((unit.index, 10, 0)) == [], "told once"
+    moves = {"event": "progress", "bytes_read": 0, "bytes_written": 5, **where}
+    assert watched.look((unit.index, 10, 5)) == [moves]
+    watched.now += STALL
+    assert [told["event"] for told in watched.look((unit.index, 10, 5))] == ["stall"]
+    watched.meter.end(watched.actor, (unit.index, 12, 6))
+    rest = {"bytes_read": 2, "bytes_written": 1}
+    assert watched.events[-1].data == rest | where
+    watched.now += 2 * STALL
+    asked = len(watched.events)
+    watched.meter.look()
+    assert len(watched.events) == asked, "nobody is busy"
+
+
+def test_workers_that_wait_for_room_are_sent_away_when_there_is_no_work_for_them(models):
+    what = distmerge.soup([distmerge.open(model) for model in models])
+    decided = plan(what, engine="ray", max_shard_size=SMALL)
+    settings = WorkerSettings("out", decided.digest, decided.memory, threads=1, seed=0)
+    roster = Roster(settings, decided.kernel, lambda event: None)
+    roster.asked["CPU"] = 1000.0  # nowhere here
+    roster.call_up(1000, [])
+    assert len(roster.coming) == QUEUED
+    roster.call_up(2, [])
+    assert len(roster.coming) == 2
+    roster.close()
+
+
 def test_answers_are_folded_in_the_units_order_whichever_worker_was_first(models, monkeypatch):
     what = distmerge.soup([distmerge.open(model) for model in models])
     units = plan(what, max_shard_size=SMALL).units
     engine = RayEngine.__new__(RayEngine)
     late = [units[place] for place in (2, 0, 3, 1)]
-    answers = [(unit, cloudpickle.dumps([unit.shard]), None) for unit in late]
+    answers = [(unit, cloudpickle.dumps([unit.shard])) for unit in late]
     monkeypatch.setattr(engine, "_map", lambda *args: iter(answers), raising=False)
     assert list(engine.ask(units, {})) == [[unit.shard] for unit in units]
 
