@@ -22,10 +22,16 @@ def tokenizer():
     )
 
 
-def gpt2(seed: int, near: nn.Module | None = None) -> nn.Module:
+def gpt2(seed: int, near: nn.Module | None = None, *, width: int = 8) -> nn.Module:
     """A GPT-2 with tied embeddings; `near` another one, as a fine-tune is."""
     config = transformers.GPT2Config(
-        n_layer=2, n_head=2, n_embd=8, vocab_size=20, n_positions=16, bos_token_id=1, eos_token_id=1
+        n_layer=2,
+        n_head=2,
+        n_embd=width,
+        vocab_size=20,
+        n_positions=16,
+        bos_token_id=1,
+        eos_token_id=1,
     )
     return _filled(transformers.GPT2LMHeadModel(config), seed, near)
 

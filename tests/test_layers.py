@@ -100,6 +100,7 @@ AT_THE_TOP = {
     *((f"run/ray_{name}.py", "ray") for name in ("actors", "cluster", "engine")),
     *((f"run/ray_{name}.py", "cloudpickle") for name in ("actors", "engine", "worker")),
     *(("sweeps/ray_scoring.py", name) for name in ("ray", "cloudpickle")),
+    ("sweeps/ray_spool.py", "ray"),
     ("sweeps/evaluation.py", "cloudpickle"),
     ("methods/kernels.py", "numba"),
     ("methods/random_kernels.py", "numba"),

@@ -124,6 +124,11 @@ def local_path(url: str) -> str:
     return path if os.path.exists(path) or "%" not in path else unquote(path)
 
 
+def is_remote(root: str) -> bool:
+    """Do a checkpoint's bytes come over a network, as far as its root tells?"""
+    return ("://" in root or "::" in root) and not root.startswith(("file://", "local://"))
+
+
 def is_safe_path(path: str) -> bool:
     """Whether `path` is relative and stays below what it is joined to, on any system."""
     if re.match(r"[A-Za-z]:", path) or "\\" in path or "\0" in path:

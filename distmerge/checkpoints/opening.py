@@ -31,6 +31,7 @@ from distmerge.checkpoints.location import (
 from distmerge.checkpoints.parallel import IN_FLIGHT
 from distmerge.checkpoints.renaming import Rule, renamed
 from distmerge.checkpoints.scales import dequantised
+from distmerge.checkpoints.spool import SpooledStore
 from distmerge.checkpoints.storage_options import options_for
 from distmerge.checkpoints.store import StorageOptions, Store
 from distmerge.checkpoints.tensors import Checkpoint, FileInfo
@@ -132,10 +133,16 @@ def open_checkpoints(
 
 
 def open_store(
-    root: str, storage_options: StorageOptions | None = None, *, revision: str | None = None
+    root: str,
+    storage_options: StorageOptions | None = None,
+    *,
+    revision: str | None = None,
+    spool: str | None = None,
 ) -> Store:
-    """The store of a checkpoint's `root` and `revision`, on any machine. Makes no request."""
-    return _store(root, storage_options, revision=revision, only=None)
+    """The store of a checkpoint's `root` and `revision`, on any machine, read through its `spool`
+    if it has one. Makes no request."""
+    store = _store(root, storage_options, revision=revision, only=None)
+    return store if spool is None else SpooledStore(store, spool)
 
 
 def _store(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 
 Span = tuple[int, int]
@@ -34,3 +35,35 @@ def split(span: Span, *, part: int) -> list[Span]:
         raise ValueError(f"part is {part}, and a piece has at least 1 byte")
     start, stop = span
     return [(at, min(at + part, stop)) for at in range(start, stop, part)]
+
+
+class Covered:
+    """A growing set of bytes, kept as sorted spans of which no two touch."""
+
+    def __init__(self) -> None:
+        self._starts: list[int] = []
+        self._stops: list[int] = []
+
+    def add(self, start: int, stop: int) -> None:
+        """Have these bytes too."""
+        if start >= stop:
+            return
+        first, last = bisect_left(self._stops, start), bisect_right(self._starts, stop)
+        if first < last:
+            start = min(start, self._starts[first])
+            stop = max(stop, self._stops[last - 1])
+        self._starts[first:last] = [start]
+        self._stops[first:last] = [stop]
+
+    def missing(self, start: int, stop: int) -> list[Span]:
+        """Which of these bytes aren't in it, in order."""
+        found, at = [], start
+        for i in range(bisect_right(self._stops, start), len(self._starts)):
+            if self._starts[i] >= stop:
+                break
+            if at < self._starts[i]:
+                found.append((at, self._starts[i]))
+            at = self._stops[i]
+        if at < stop:
+            found.append((at, stop))
+        return found

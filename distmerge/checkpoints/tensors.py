@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -127,6 +127,8 @@ class Checkpoint:
     """Keys that a user's rules renamed -> what the files call them."""
     warnings: tuple[str, ...] = ()
     """Sentences on what was asked for and had no effect."""
+    spool: str | None = None
+    """Where its bytes are kept for further readers, if they are: see `checkpoints/spool.py`."""
 
     @property
     def own_url(self) -> str:
@@ -139,6 +141,11 @@ class Checkpoint:
     def source(self, number: int) -> Checkpoint:
         """The checkpoint that a view's part is in: itself, one of the others, or borrowed."""
         return (self, *self.others, *self.borrowed)[number]
+
+    def spooled(self, place: str) -> Checkpoint:
+        """The same, read through a spool, adapters too."""
+        others = tuple(other.spooled(place) for other in self.others)
+        return replace(self, spool=place, others=others)
 
     @property
     def presented(self) -> dict[str, TensorInfo | View]:

@@ -70,6 +70,18 @@ Strict = Annotated[
 AllowNonFinite = Annotated[
     bool, typer.Option("--allow-non-finite", help="Write NaN and infinity too.")
 ]
+ScratchFolder = Annotated[
+    str | None,
+    typer.Option(
+        "--scratch",
+        metavar="DIR",
+        help="Remote inputs are kept there while they are needed, or 'none'. Default: in OUT.",
+    ),
+]
+ScratchSize = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="The most that is kept there. Default: what is free."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Only warnings and errors.")]
 AsEvents = Annotated[bool, typer.Option("--json", help="Events on stdout, one JSON object a line.")]
 EventLog = Annotated[

@@ -13,8 +13,11 @@ from distmerge.cli.merging import ALLOWED_MEM, show_plan, warn
 from distmerge.run.progress import watching
 
 if TYPE_CHECKING:
+    from distmerge.run.options import MergeOptions
+    from distmerge.sweeps.definition import Sweep
     from distmerge.sweeps.evaluation import Keep
     from distmerge.sweeps.results import Result
+    from distmerge.sweeps.scratch import Scratch
 
 
 @reported
@@ -30,6 +33,8 @@ def sweep(
     address: options.Address = None,
     workers: options.Workers = None,
     allowed_mem: options.AllowedMem = ALLOWED_MEM,
+    scratch: options.ScratchFolder = None,
+    scratch_size: options.ScratchSize = None,
     max_shard_size: options.MaxShardSize = None,
     out_dtype: options.OutDtype = None,
     device: options.Device = options.DeviceName.cpu,
@@ -47,11 +52,10 @@ def sweep(
     trace: options.Trace = False,
 ) -> None:
     """Merge many variants of one recipe."""
-    from distmerge.run.json_lines import logged
     from distmerge.run.options import MergeOptions
     from distmerge.sweeps.definition import load_sweep
     from distmerge.sweeps.plan import plan_sweep
-    from distmerge.sweeps.run import run_sweep
+    from distmerge.sweeps.scratch import Scratch
 
     wanted = load_sweep(space, overrides=overrides or (), strict=strict)
     for text in wanted.warnings:
@@ -68,15 +72,32 @@ def sweep(
         overwrite=overwrite,
         allow_non_finite=allow_non_finite,
     )
+    where = Scratch(scratch, scratch_size)
     if dry_run:
-        show_plan(plan_sweep(wanted, settings, out=out), as_json=as_json)
+        show_plan(plan_sweep(wanted, settings, out=out, scratch=where), as_json=as_json)
         return
+    _run(wanted, out, settings, where, event_log, as_json=as_json, quiet=quiet)
+
+
+def _run(
+    wanted: Sweep,
+    out: str,
+    settings: MergeOptions,
+    scratch: Scratch,
+    event_log: str | None,
+    *,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    from distmerge.run.json_lines import logged
+    from distmerge.sweeps.run import run_sweep
+
     with (
         watching(json=as_json, quiet=quiet, told=wanted.warnings) as watcher,
         logged(event_log, watcher) as listener,
     ):
         told = (lambda results, by: None) if as_json or quiet else show_results
-        run_sweep(wanted, out, settings, listener=listener, told=told)
+        run_sweep(wanted, out, settings, scratch=scratch, listener=listener, told=told)
 
 
 def show_results(results: Sequence[Result], keep: Keep) -> None:

@@ -283,7 +283,7 @@ def _sources(tasks: Sequence[KeyTask], inputs: Inputs) -> dict[Origin, Source]:
     for origin, names in found.items():
         held, name = _checkpoint(inputs, *origin), str(inputs.leaves[origin[0]])
         files = {file: held.files[file] for file in names}
-        sources[origin] = Source(name, held.root, held.revision, files)
+        sources[origin] = Source(name, held.root, held.revision, files, held.spool)
     return sources
 
 

@@ -23,6 +23,8 @@ class Source:
     root: str
     revision: str | None
     files: Mapping[str, FileInfo]
+    spool: str | None = None
+    """Of the checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,7 +96,8 @@ def other_files(plan: Plan, output: OutputStore) -> tuple[dict[str, bytes], dict
 
 
 def _store(checkpoint: Checkpoint, options: StorageOptions) -> Store:
-    return open_store(checkpoint.root, options, revision=checkpoint.revision)
+    place = checkpoint.spool
+    return open_store(checkpoint.root, options, revision=checkpoint.revision, spool=place)
 
 
 def _config(plan: Plan, donor: Checkpoint) -> bytes:

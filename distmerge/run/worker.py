@@ -70,7 +70,10 @@ class Worker:
         with self._opening:
             if place not in self._stores:
                 self._stores[place] = open_store(
-                    source.root, self.settings.storage_options, revision=source.revision
+                    source.root,
+                    self.settings.storage_options,
+                    revision=source.revision,
+                    spool=source.spool,
                 )
             return self._stores[place]
 

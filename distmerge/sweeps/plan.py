@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from distmerge.checkpoints.location import Location
 from distmerge.checkpoints.tensors import Checkpoint
-from distmerge.checkpoints.views import parts_of
 from distmerge.errors import DistmergeError, MemoryBudgetError, RecipeError
 from distmerge.expressions.problems import SHOWN
 from distmerge.expressions.recipe_build import Settled, request_of, settle
@@ -22,7 +21,16 @@ from distmerge.run.merge import as_request, plan_request
 from distmerge.run.options import MergeOptions
 from distmerge.sweeps.definition import Candidate, Sweep, of_candidate
 from distmerge.sweeps.evaluation import ALL, Keep
+from distmerge.sweeps.inputs import bytes_once
 from distmerge.sweeps.scoring import Scoring, plan_scoring
+from distmerge.sweeps.scratch import (
+    ANYWHERE,
+    Scratch,
+    Spool,
+    place_for,
+    plan_spool,
+    through_spool,
+)
 from distmerge.write.output import open_output
 
 if TYPE_CHECKING:
@@ -44,10 +52,14 @@ class SweepPlan:
     """Which candidates are written."""
     scoring: Scoring | None = None
     """How they are scored first; without it there are no scores."""
+    spool: Spool | str | None = None
+    """Where inputs are kept for later reads; a sentence if remote ones are read again."""
 
     @cached_property
     def bytes_in(self) -> int:
-        """Bytes that all passes read."""
+        """Bytes that all passes read, from where the models are."""
+        if isinstance(self.spool, Spool):
+            return bytes_once(self.plans)
         return sum(bytes_once(self.plans[i] for i in members) for members in self.passes)
 
     @property
@@ -86,6 +98,7 @@ class SweepPlan:
             "bytes_in": self.bytes_in,
             "bytes_in_apart": self.bytes_in_apart,
             "bytes_out": self.bytes_out,
+            "spool": self.spool.to_json() if isinstance(self.spool, Spool) else None,
             "evaluate": None if self.scoring is None else self.scoring.to_json(),
             "keep": str(self.keep),
             "projected_mem": self.projected,
@@ -106,6 +119,7 @@ class SweepPlan:
             ("candidates", str(len(self.candidates))),
             ("passes over the inputs", str(len(self.passes))),
             ("read", f"{read} (merged one by one: {apart})"),
+            *self._spooling(),
             *self._judging(),
             ("written", format_size(self.bytes_out)),
             ("memory a worker", " of ".join(memory)),
@@ -114,6 +128,11 @@ class SweepPlan:
             listed("Candidates", ("candidate", "merge", "written"), rows),
             listed("Sweep", ("what", "it is"), cost),
         ]
+
+    def _spooling(self) -> list[tuple[str, str]]:
+        if isinstance(self.spool, Spool):
+            return [("read once, kept meanwhile", str(self.spool))]
+        return [("inputs are read again", self.spool)] if self.spool else []
 
     def _judging(self) -> list[tuple[str, str]]:
         if self.scoring is None:
@@ -126,11 +145,15 @@ def plan_sweep(
     settings: MergeOptions,
     *,
     out: str | None = None,
+    scratch: Scratch = ANYWHERE,
+    place: str | None = None,
     pinned: dict[Location, Checkpoint] | None = None,
 ) -> SweepPlan:
     """Open the models, each once, and plan all candidates. Nothing is read but headers.
 
     out: where the candidates are to be written, if that is known: its store takes memory.
+    scratch: where inputs that are read more than once may be kept.
+    place: of a spool that there is already.
     pinned: models that are open already; those that are opened here are added.
 
     Raises
@@ -142,7 +165,9 @@ def plan_sweep(
     pinned = {} if pinned is None else pinned
     named = [ref for one in settled for ref in one.named() if ref.location not in pinned]
     near = {at: name for one in settled for at, name in one.near_names().items()}
-    pinned |= pin_models(named, options, near)
+    place = place or place_for(scratch, out)
+    for location, checkpoint in pin_models(named, options, near).items():
+        pinned[location] = through_spool(checkpoint, place)
     sending = open_output(out or ".", options).buffers  # a local one, where none is named
     # The recipes hold the overrides already.
     plain = replace(settings, overrides=(), strict=False)
@@ -162,8 +187,13 @@ def plan_sweep(
     judging, scoring = sweep.judging, None
     if judging.evaluate is not None:
         scoring = plan_scoring(judging.evaluate, plans, settings)
-    keep = judging.kept
-    return SweepPlan(sweep.candidates, tuple(plans), members, memories, keep, scoring)
+    decided = SweepPlan(sweep.candidates, tuple(plans), members, memories, judging.kept, scoring)
+    if scoring is None and len(members) == 1:
+        return decided
+    comparing = scoring is not None and scoring.comparing
+    written = decided.bytes_out
+    spool = plan_spool(plans, scratch, place, comparing=comparing, written=written, out=out)
+    return replace(decided, spool=spool)
 
 
 def narrowed(decided: SweepPlan, numbers: Sequence[int], settings: MergeOptions) -> SweepPlan:
@@ -192,19 +222,6 @@ def _named(candidate: Candidate) -> Settled:
         return settle(candidate.recipe)
     except DistmergeError as error:
         raise of_candidate(error, candidate.name) from None
-
-
-def bytes_once(plans: Iterable[Plan]) -> int:
-    """Bytes of the inputs of several plans, those that several read counted once."""
-    ranges = {
-        (unit.sources[leaf, part.source].root, part.info.file, part.info.start, part.info.stop)
-        for plan in plans
-        for unit in plan.units
-        for task in unit.tasks
-        for leaf, given in task.inputs.items()
-        for part in parts_of(given)
-    }
-    return sum(stop - start for _, _, start, stop in ranges)
 
 
 def _unplanned(failed: list[tuple[str, DistmergeError]], total: int) -> DistmergeError:

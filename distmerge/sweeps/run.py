@@ -31,6 +31,7 @@ from distmerge.sweeps.results import (
     score_names,
 )
 from distmerge.sweeps.scoring import Job, Scored, Scoring, ShouldStop, never, score_here
+from distmerge.sweeps.scratch import ANYWHERE, Scratch, Spool, spooling
 from distmerge.sweeps.together import fill
 from distmerge.write.lease import LeaseKeeper, lease
 from distmerge.write.output import open_output
@@ -45,6 +46,8 @@ def sweep(
     *,
     evaluate: Any = None,
     keep: str | None = None,
+    scratch: str | None = None,
+    scratch_size: int | str | None = None,
     listener: Listener = silent,
     **options: Any,
 ) -> list[Result]:
@@ -55,6 +58,9 @@ def sweep(
             beside its keys: path, YAML text or dict.
         out: directory or URL; a candidate is written to `out/name`, results to `out`.
         evaluate, keep: instead of the definition's; here the evaluator may be a function, too.
+        scratch, scratch_size: the folder where inputs that come over a network are kept while they
+            are needed, and the most bytes there: `out`, if it is local, and what is free. `none`
+            keeps nothing.
         listener: told what happens, see `distmerge.run.events`.
         options: the fields of `MergeOptions`.
 
@@ -74,7 +80,8 @@ def sweep(
         storage_options=settings.storage_options,
         judging={k: v for k, v in (("evaluate", evaluate), ("keep", keep)) if v is not None},
     )
-    return run_sweep(wanted, out, settings, listener=listener)
+    where = Scratch(scratch, scratch_size)
+    return run_sweep(wanted, out, settings, scratch=where, listener=listener)
 
 
 def run_sweep(
@@ -82,11 +89,13 @@ def run_sweep(
     out: str,
     settings: MergeOptions,
     *,
+    scratch: Scratch = ANYWHERE,
     listener: Listener = silent,
     told: Told = lambda results, by: None,
 ) -> list[Result]:
     """Score and write a sweep's candidates below `out`; repeated, it does what is missing.
 
+    scratch: where inputs may be kept that come over a network.
     told: given the results before failures among them are raised.
 
     Returns the result of each candidate, in their order.
@@ -95,18 +104,21 @@ def run_sweep(
         SweepFailed: some failed; the others are done.
         DistmergeError: as `plan_sweep`, before anything is written.
     """
-    decided = plan_sweep(sweep, settings, out=out)
+    decided = plan_sweep(sweep, settings, out=out, scratch=scratch)
     plain = replace(settings, overrides=(), strict=False)
+    spool = decided.spool if isinstance(decided.spool, Spool) else None
     if decided.scoring is None:
         results = [_fresh(candidate) for candidate in decided.candidates]
-        return write_kept(decided, range(len(results)), results, out, plain, listener, told, ALL)
+        numbers = range(len(results))
+        with spooling(spool, settings, listener):
+            return write_kept(decided, numbers, results, out, plain, listener, told, ALL)
     if out.startswith(HUB_SCHEME):
         raise RecipeError(
             "A sweep that is evaluated can't go to the Hub.",
             fix="write to a directory, and upload the best with 'distmerge merge'",
         )
     output = open_output(out, decided.plans[0].request.storage_options)
-    with lease(output) as held:
+    with lease(output) as held, spooling(spool, settings, listener):
         results = _score(decided, decided.scoring, output, held, settings, listener)
         winners = kept(decided.keep, results)
         chosen = narrowed(decided, winners, settings)

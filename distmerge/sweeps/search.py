@@ -40,6 +40,7 @@ from distmerge.sweeps.run import (
     write_tables,
 )
 from distmerge.sweeps.scoring import Job, Scored, evaluated_at_once, plan_scoring
+from distmerge.sweeps.scratch import NOWHERE, Scratch, open_spool, spooling
 from distmerge.sweeps.space import Space
 from distmerge.sweeps.trials import Trials
 from distmerge.write.lease import LeaseKeeper, lease
@@ -63,6 +64,8 @@ class _Search:
     listener: Listener
     held: LeaseKeeper
     """The output's: it is looked at before each result is kept."""
+    place: str | None
+    """Of the spool."""
     pinned: dict[Location, Checkpoint] = field(default_factory=dict)
     """Models that have been opened, for all candidates."""
     digests: dict[int, tuple[Candidate, str]] = field(default_factory=dict)
@@ -77,7 +80,7 @@ class _Search:
     def job(self, number: int, name: str, found: Mapping[str, Any]) -> Job:
         """A trial that is to be scored. Raises DistmergeError: it can't be merged."""
         candidate = self.candidate(name, found)
-        plan = plan_sweep(Sweep((candidate,)), self.settings, pinned=self.pinned).plans[0]
+        plan = self._planned(Sweep((candidate,))).plans[0]
         scoring = plan_scoring(self.wanted, [plan], self.settings, self.evaluator)
         self.digests[number] = (candidate, plan.digest)
         return Job(number, plan, self.evaluator, scoring.merging, scoring.comparing)
@@ -96,7 +99,17 @@ class _Search:
     def plan_of(self, results: Sequence[Result], out: str) -> SweepPlan:
         """The plan of candidates that are to be written."""
         candidates = tuple(self.candidate(one.name, one.settings) for one in results)
-        return plan_sweep(Sweep(candidates), self.settings, out=out, pinned=self.pinned)
+        return self._planned(Sweep(candidates), out)
+
+    def _planned(self, sweep: Sweep, out: str | None = None) -> SweepPlan:
+        return plan_sweep(
+            sweep,
+            self.settings,
+            out=out,
+            scratch=Scratch(NOWHERE),  # but for what there is
+            place=self.place,
+            pinned=self.pinned,
+        )
 
 
 def search(
@@ -107,6 +120,8 @@ def search(
     sampler: str = "tpe",
     pruner: str = "none",
     storage: str | None = None,
+    scratch: str | None = None,
+    scratch_size: int | str | None = None,
     evaluate: Any = None,
     keep: str | None = None,
     listener: Listener = silent,
@@ -121,6 +136,7 @@ def search(
         sampler: tpe, cmaes, random or qmc.
         pruner: none, median, halving or hyperband: stops evaluators that yield scores on the way.
         storage: of the study, as Optuna takes it; a database in `out` by default.
+        scratch, scratch_size: as for `distmerge.sweep`.
         options: the fields of `MergeOptions`; `seed` is also the sampler's.
 
     Returns
@@ -136,7 +152,8 @@ def search(
     assert judged.evaluate is not None
     evaluator, by = load_evaluator(judged.evaluate), _ranking(judged)
     output = open_output(out, settings.storage_options)
-    with lease(output) as held:
+    spool = open_spool(Scratch(scratch, scratch_size), out)
+    with lease(output) as held, spooling(spool, settings, listener):
         study = Trials(
             space,
             name=_study_name(documents, evaluator, str(by.metric)),
@@ -146,19 +163,24 @@ def search(
             seed=settings.seed or 0,
             lowest=by.lowest,
         )
-        plain = replace(settings, overrides=(), strict=False)
-        kept_at = Results(output)
+        plain, kept_at = replace(settings, overrides=(), strict=False), Results(output)
         asked = (space, documents, judged.evaluate, evaluator, by)
-        run = _Search(*asked, plain, kept_at, listener, held)
+        run = _Search(*asked, plain, kept_at, listener, held, spool.place if spool else None)
         _try(run, study, trials)
-        results = run.tried(study)
-        try:
-            winners = kept(judged.kept, results)
-            chosen = run.plan_of([results[i] for i in winners], out) if winners else None
-            return write_kept(chosen, winners, results, out, run.settings, listener, told, by)
-        finally:
-            held.check()
-            write_tables(output, results, by)
+        return _write(run, judged.kept, run.tried(study), output, out, told)
+
+
+def _write(
+    run: _Search, keep: Keep, results: list[Result], output: OutputStore, out: str, told: Told
+) -> list[Result]:
+    """What `write_kept` does, with what is to be kept; and the tables."""
+    try:
+        winners = kept(keep, results)
+        chosen = run.plan_of([results[i] for i in winners], out) if winners else None
+        return write_kept(chosen, winners, results, out, run.settings, run.listener, told, run.by)
+    finally:
+        run.held.check()
+        write_tables(output, results, run.by)
 
 
 def _definition(

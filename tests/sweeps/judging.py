@@ -39,3 +39,11 @@ def slow(state_dict):
     while (folder / "calls").stat().st_size > 2 and not (folder / "go").exists():
         time.sleep(0.05)
     return norm(state_dict)
+
+
+def total(model):
+    return sum(float(p.detach().double().sum()) for p in model.parameters())
+
+
+def whole(state_dict):
+    return sum(float(tensor.double().norm()) for tensor in state_dict.collect().values())
