@@ -98,6 +98,7 @@ HOMES = {
 """The files that may import a library: it is part of what they are for."""
 AT_THE_TOP = {
     *((f"run/ray_{name}.py", "ray") for name in ("actors", "cluster", "engine")),
+    *((f"run/ray_{name}.py", "ray") for name in ("meter", "metrics", "worker")),
     *((f"run/ray_{name}.py", "cloudpickle") for name in ("actors", "engine", "worker")),
     *(("sweeps/ray_scoring.py", name) for name in ("ray", "cloudpickle")),
     ("sweeps/ray_spool.py", "ray"),
