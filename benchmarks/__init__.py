@@ -13,8 +13,9 @@ same bytes in the same minute: the time below which nothing that reads and write
     comparisons.py    rows of distmerge against mergekit, one for each method
     limits.py         rows with a limit of their own: planning, start-up, Ray, threads, huge tensors
     scaling.py        the row that draws time against tensors, bytes and models
-    link.py           the row that reads from S3 over a long, narrow link
-    slow_link.py      that link
+    link.py           the row that reads from S3 and the Hub over a long, narrow link
+    clients.py        the row of two clients of S3, whose reads are in client_reads.py
+    servers.py        the tests' servers, and that link: slow_link.py
     shapes.py         names and shapes of the models' tensors
     models.py         synthetic checkpoints: written once, then reused
     recipes.py        the same recipe for both tools

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from benchmarks import limits
 from benchmarks.bench import Bench, find_mergekit
+from benchmarks.clients import clients_row
 from benchmarks.comparisons import gpt2_row, method_row
 from benchmarks.link import link_row
 from benchmarks.machine import commit, describe
@@ -37,6 +38,7 @@ ROWS: dict[str, Row] = {
     "7b": limits.seven_billion_row,
     "scaling": scaling_row,
     "link": link_row,
+    "clients": clients_row,
 }
 """In the order of the tables."""
 

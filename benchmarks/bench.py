@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -69,13 +69,14 @@ class Bench:
         *words: str | Path,
         synced: bool = True,
         cores: Collection[int] | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> Usage:
         """A distmerge command; without `synced`, it doesn't wait for the disk."""
         paths = [str(REPOSITORY)] if synced else [str(_UNSYNCED), str(REPOSITORY)]
         paths += [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
-        env = {**_QUIET, "PYTHONPATH": os.pathsep.join(paths)}
+        full = {**_QUIET, "PYTHONPATH": os.pathsep.join(paths), **(env or {})}
         log = self.work / "distmerge.log"
-        return measure([*DISTMERGE, *words], log=log, env=env, cores=cores)
+        return measure([*DISTMERGE, *words], log=log, env=full, cores=cores)
 
     def merge(
         self,
@@ -83,11 +84,11 @@ class Bench:
         *options: str,
         synced: bool = False,
         cores: Collection[int] | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> Usage:
         """A merge by distmerge into `self.out`, which must not be there."""
-        return self.distmerge(
-            "merge", recipe, self.out, "--quiet", *options, synced=synced, cores=cores
-        )
+        words = ("merge", recipe, self.out, "--quiet", *options)
+        return self.distmerge(*words, synced=synced, cores=cores, env=env)
 
     def mergekit_merge(self, recipe: Path) -> Usage:
         """The same by mergekit, as it comes."""

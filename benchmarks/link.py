@@ -1,87 +1,103 @@
-"""The row that asks whether a long, narrow link is used: from S3, through a relay."""
+"""The row that asks whether a long, narrow link is used: from S3 and the Hub, through a relay."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.bench import Bench, middle
-from benchmarks.machine import REPOSITORY
 from benchmarks.models import weight_bytes, weight_files
 from benchmarks.results import Check, Result
+from benchmarks.servers import DELAY, loopback_hub, loopback_s3, relay
 from benchmarks.shapes import flat
 
 MB, MiB = 10**6, 2**20
-DELAY = 50
-"""Milliseconds there and back."""
 ALLOWED = 1024 * MiB
 
 
 def link_row(bench: Bench) -> list[Result]:
-    """A linear merge of three models on S3: the link's share is told by the relay."""
-    rate = 40 * MB if bench.small else 100 * MB
-    nbytes = (96 if bench.small else 512) * MB
-    shape = flat(f"link-{nbytes // MB}", tensors=24, elements=nbytes // 48 // 1024 * 1024)
-    models = bench.family(shape)
+    """Linear merges of three models: the link's share is told by the relay."""
+    models = bench.family(_shape(bench))
+    return [_from_s3(bench, models), _from_hub(bench, models)]
+
+
+def _shape(bench: Bench) -> Any:
+    nbytes = _size(bench)
+    return flat(f"link-{nbytes // MB}", tensors=24, elements=nbytes // 48 // 1024 * 1024)
+
+
+def _size(bench: Bench) -> int:
+    return (96 if bench.small else 512) * MB
+
+
+def _rate(bench: Bench) -> int:
+    return 40 * MB if bench.small else 100 * MB
+
+
+def _from_s3(bench: Bench, models: Sequence[Path]) -> Result:
     shares, peaks = [], []
-    with _s3() as server:
+    with loopback_s3() as server:
         _put(server, models)
         for _ in range(bench.runs):
-            bench.clear()
-            with _relay(server.endpoint, rate) as link:
-                path = bench.write_recipe("link", _recipe(server, link.url, models))
-                usage = bench.merge(path, "--allowed-mem", str(ALLOWED))
-            bench.drop_output(weight_bytes(models[0]))
-            shares.append(0.9 * link.nbytes / link.seconds / rate)
-            peaks.append(usage.peak)
+            with relay(server.endpoint, _rate(bench)) as link:
+                options = server.storage_options
+                options["client_kwargs"]["endpoint_url"] = link.url
+                names = [server.url(model.name) for model in models]
+                peaks.append(_merge(bench, names, models, {"storage_options": options}))
+            shares.append(link.share(_rate(bench)))
+    return _told(bench, "S3", shares, peaks)
+
+
+def _from_hub(bench: Bench, models: Sequence[Path]) -> Result:
+    """What holds the Hub's large files is behind the link; the Hub itself is near."""
+    shares, peaks = [], []
+    with loopback_hub() as hub:
+        for model in models:
+            hub.add_repo(f"link/{model.name}", model)
+        for _ in range(bench.runs):
+            with relay(hub.storage_url, _rate(bench)) as link:
+                hub.cdn_url = link.url
+                env = {
+                    "HF_ENDPOINT": hub.endpoint,
+                    "HF_HUB_OFFLINE": "0",
+                    "HF_HOME": str(bench.work / "huggingface"),
+                }
+                names = [f"hf://link/{model.name}" for model in models]
+                peaks.append(_merge(bench, names, models, {}, env))
+            shares.append(link.share(_rate(bench)))
+    return _told(bench, "the Hub", shares, peaks)
+
+
+def _merge(
+    bench: Bench,
+    names: Sequence[str],
+    models: Sequence[Path],
+    fields: Mapping[str, Any],
+    env: Mapping[str, str] | None = None,
+) -> int:
+    """Bytes resident, at most."""
+    bench.clear()
+    recipe = {
+        "merge_method": "linear",
+        "models": [{"model": name} for name in names],
+        "parameters": {"weight": 1.0},
+        **fields,
+    }
+    path = bench.write_recipe("link", json.dumps(recipe))
+    usage = bench.merge(path, "--allowed-mem", str(ALLOWED), env=env)
+    bench.drop_output(weight_bytes(models[0]))
+    return usage.peak
+
+
+def _told(bench: Bench, place: str, shares: Sequence[float], peaks: Sequence[int]) -> Result:
     share, peak = middle(shares), max(peaks)
-    work = f"linear, 3 x {nbytes // MB} MB from S3, {DELAY} ms and {rate // MB} MB/s away"
+    size, rate = _size(bench) // MB, _rate(bench) // MB
+    work = f"linear, 3 x {size} MB from {place}, {DELAY} ms and {rate} MB/s away"
     measured = f"{share:.0%} of the link, {peak / MB:,.0f} MB"
     met = share >= 0.8 and peak <= ALLOWED
-    return [Check("link", work, measured, f"80%, {ALLOWED / MB:,.0f} MB", met)]
-
-
-@dataclass
-class _Link:
-    url: str
-    nbytes: int = 0
-    seconds: float = 0.0
-    """In which the middle nine tenths of the bytes passed; known at the end."""
-
-
-@contextmanager
-def _s3() -> Iterator[Any]:
-    """The tests' S3."""
-    sys.path.insert(0, str(REPOSITORY / "tests"))
-    try:
-        from servers.s3 import LoopbackS3  # type: ignore[import-not-found]
-    finally:
-        sys.path.pop(0)
-    with LoopbackS3() as server:
-        yield server
-
-
-@contextmanager
-def _relay(endpoint: str, rate: int) -> Iterator[_Link]:
-    port = endpoint.rpartition(":")[2]
-    command = [sys.executable, str(REPOSITORY / "benchmarks" / "slow_link.py")]
-    with subprocess.Popen(
-        [*command, port, str(DELAY), str(rate)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        link = _Link(f"http://127.0.0.1:{int(process.stdout.readline())}")
-        yield link
-        told, _ = process.communicate()
-        link.nbytes, link.seconds = int(told.split()[0]), float(told.split()[1])
+    return Check("link", work, measured, f"80%, {ALLOWED / MB:,.0f} MB", met)
 
 
 def _put(server: Any, models: Sequence[Path]) -> None:
@@ -92,17 +108,3 @@ def _put(server: Any, models: Sequence[Path]) -> None:
             with file.open("rb") as body:
                 key = f"{model.name}/{file.name}"
                 client.put_object(Bucket=server.bucket, Key=key, Body=body)
-
-
-def _recipe(server: Any, url: str, models: Sequence[Path]) -> str:
-    """Of the models, read through the relay."""
-    options = server.storage_options
-    options["client_kwargs"]["endpoint_url"] = url
-    return json.dumps(
-        {
-            "merge_method": "linear",
-            "models": [{"model": server.url(model.name)} for model in models],
-            "parameters": {"weight": 1.0},
-            "storage_options": options,
-        }
-    )

@@ -1,13 +1,14 @@
 """A long way to a server: a relay on loopback with a delay each way and a cap on what comes back.
 
-Run as a program, in a process of its own: PORT of the server, milliseconds of delay there and back,
-bytes per second. It prints the port to connect to, ends when its input does, and then prints how
-many bytes came back, and the seconds in which the middle nine tenths of them did.
+Run as a program, in a process of its own: HOST:PORT of the server, milliseconds of delay there and
+back, bytes per second. It prints the port to connect to, ends when its input does, and then prints
+how many bytes came back, and the seconds in which the middle nine tenths of them did.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -71,9 +72,10 @@ async def _carry(
         writer.close()
 
 
-def _relay(port: int, cap: Cap, delay: float) -> Callable[..., Awaitable[None]]:
+def _relay(address: str, cap: Cap, delay: float) -> Callable[..., Awaitable[None]]:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection("127.0.0.1", port)
+        host, _, port = address.rpartition(":")
+        there, back = await asyncio.open_connection(host, int(port))
         await asyncio.gather(
             _carry(reader, back, lambda nbytes: time.monotonic(), delay / 2),
             _carry(there, writer, cap.arrival, delay / 2),
@@ -83,14 +85,14 @@ def _relay(port: int, cap: Cap, delay: float) -> Callable[..., Awaitable[None]]:
     return serve
 
 
-async def _main(port: int, delay: float, rate: float) -> None:
+async def _main(address: str, delay: float, rate: float) -> None:
     cap = Cap(rate)
-    server = await asyncio.start_server(_relay(port, cap, delay), "127.0.0.1", 0)
+    server = await asyncio.start_server(_relay(address, cap, delay), "127.0.0.1", 0)
     print(server.sockets[0].getsockname()[1], flush=True)
     await asyncio.to_thread(sys.stdin.read)
-    server.close()
     print(cap.told(), flush=True)
+    os._exit(0)  # connections may still be open, and there is nothing to tidy up
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(int(sys.argv[1]), float(sys.argv[2]) / 1000, float(sys.argv[3])))
+    asyncio.run(_main(sys.argv[1], float(sys.argv[2]) / 1000, float(sys.argv[3])))
