@@ -136,6 +136,11 @@ def is_safe_path(path: str) -> bool:
     return all(part not in ("", ".", "..") for part in path.split("/"))
 
 
+def is_far(root: str) -> bool:
+    """Whether a checkpoint's root is behind a network, as far as its name tells."""
+    return ("://" in root or "::" in root) and not root.startswith(("file://", "memory://"))
+
+
 def redact(text: str) -> str:
     """`text` with passwords, signatures and tokens replaced by stars."""
     text = _PASSWORD.sub(r"\1***@", text)

@@ -117,6 +117,7 @@ def _memory(plans: Sequence[Plan], allowed: int, threads: int) -> MemoryPlan:
         threads=threads,
         reserved=reserved,
         sending=sending + windows + asked,
+        group=max(plan.memory.group for plan in plans),
     )
 
 

@@ -38,6 +38,8 @@ WINDOWS = 3
 """One being merged, one being written, one waiting."""
 GROUP = 16 * MiB
 """Raw bytes that are read together: long enough for long requests, small enough to overlap."""
+FAR_GROUP = 64 * MiB
+"""The same where an input is behind a network: each group waits once for an answer to come."""
 
 CODING = 1 << 21
 """Values that are coded together."""
@@ -85,6 +87,8 @@ class MemoryPlan:
     """Parts of a shard on their way to the output's store."""
     coding: int = 0
     """What waits to be written in 8 bits."""
+    group: int = GROUP
+    """Raw inputs that are read together, where the arena has room for four times as much."""
 
     @property
     def projected(self) -> int:
@@ -182,7 +186,13 @@ def largest_need(needs: Iterable[Need]) -> Need:
 
 
 def plan_memory(
-    need: Need, *, allowed: int, threads: int, reserved: int, sending: int = 0
+    need: Need,
+    *,
+    allowed: int,
+    threads: int,
+    reserved: int,
+    sending: int = 0,
+    group: int = GROUP,
 ) -> MemoryPlan:
     """Share out a worker's budget.
 
@@ -194,7 +204,7 @@ def plan_memory(
     # A ring buffer always has room for half its size, wherever its head stands; inputs are
     # aligned in it, and holes between them may add a quarter.
     least = 2 * (max(need.resident, 2 * need.streamed) + MiB)
-    useful = max(4 * GROUP, need.largest * 5 // 2 + MiB, least)
+    useful = max(4 * group, need.largest * 5 // 2 + MiB, least)
     if fixed + least > allowed:
         raise MemoryBudgetError(
             f"A worker would need {_mib(fixed + least)}, and {_mib(allowed)} are allowed.",
@@ -210,7 +220,7 @@ def plan_memory(
         )
     arena = min(useful, allowed - fixed)
     return MemoryPlan(
-        allowed, reserved, blocks, windows, need.gathered, arena, least, sending, need.coding
+        allowed, reserved, blocks, windows, need.gathered, arena, least, sending, need.coding, group
     )
 
 

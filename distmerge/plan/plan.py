@@ -21,6 +21,8 @@ from distmerge.plan.coverage import account
 from distmerge.plan.digest import digest_of, kernel_class
 from distmerge.plan.eight_bit import CODES, with_scales
 from distmerge.plan.memory import (
+    FAR_GROUP,
+    GROUP,
     MemoryPlan,
     Need,
     bare_process,
@@ -150,8 +152,9 @@ def make_plan(
     need = largest_need_of(outputs)
     if reserved is None:  # now that methods, kernels and the plan itself are in memory
         reserved = bare_process() + besides
+    group = FAR_GROUP if any(unit.is_far for unit in units) else GROUP
     budget = {"allowed": allowed_mem, "threads": threads, "reserved": reserved}
-    memory = plan_memory(need, **budget, sending=sending)
+    memory = plan_memory(need, **budget, sending=sending, group=group)
     return Plan(
         request=request,
         inputs=inputs,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from distmerge.checkpoints.location import is_far
 from distmerge.checkpoints.tensors import FileInfo, TensorInfo
 from distmerge.checkpoints.views import View, stored_bytes
 from distmerge.expressions.program import Program
@@ -60,6 +61,11 @@ class WorkUnit:
     def bytes_in(self) -> int:
         """Bytes of inputs, each counted once."""
         return sum(stored_bytes(given) for task in self.tasks for given in task.inputs.values())
+
+    @property
+    def is_far(self) -> bool:
+        """Is an input behind a network?"""
+        return any(is_far(source.root) for source in self.sources.values())
 
     @property
     def size(self) -> int:

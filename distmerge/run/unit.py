@@ -40,6 +40,8 @@ class UnitContext:
 
     fetcher: Fetcher
     arena_size: int
+    group: int
+    """Bytes of raw inputs that are read together, if the arena has the room."""
     gathered: int
     """Bytes planned for methods that see whole tensors."""
     pool: ComputePool
@@ -83,6 +85,7 @@ class UnitRun:
             self.unit.tasks,
             self.context.arena_size,
             self.evaluation,
+            group=self.context.group,
             only_ask=self._only_ask,
         )
         upcoming = self._prefetch(upcoming_windows)

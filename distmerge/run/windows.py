@@ -18,7 +18,6 @@ from distmerge.expressions.program import Call, Same, Scales
 from distmerge.methods.blocks import Grid
 from distmerge.plan.memory import (
     ASKING,
-    GROUP,
     asked_bytes,
     gathered_bytes,
     in_one_pass,
@@ -56,6 +55,7 @@ def windows(
     arena_size: int,
     begin: Callable[[KeyTask], Evaluation],
     *,
+    group: int,
     only_ask: bool,
 ) -> Iterator[Window]:
     """The windows of a unit, in order; to be pulled one ahead of the merge.
@@ -65,37 +65,38 @@ def windows(
     two, and the first is merged before what follows the round is asked for.
 
     begin: starts the evaluation of a streamed key.
+    group: raw bytes that are wanted together.
     only_ask: for the pass that only asks about the whole model; keys that ask nothing are left out.
     """
     limit = arena_size // 2
-    most = min(GROUP, limit * 4 // 5)  # holes between tensors, read along, may add a quarter
-    group: list[int] = []
+    most = min(group, limit * 4 // 5)  # holes between tensors, read along, may add a quarter
+    gathered: list[int] = []
     filled = 0
     for i, task in enumerate(tasks):
         if only_ask and not _asks(task):
             continue
         size = _room(task)
         streams = size > (most if _passes_once(task) else limit) and not is_strided(task)
-        if group and (streams or filled + size > most):
-            yield Window(tuple(group))
-            group, filled = [], 0
+        if gathered and (streams or filled + size > most):
+            yield Window(tuple(gathered))
+            gathered, filled = [], 0
         if streams:
-            yield from _rounds(i, task, limit, begin)
+            yield from _rounds(i, task, min(group, limit // 2), begin)
         else:
-            group.append(i)
+            gathered.append(i)
             filled += size
-    if group:
-        yield Window(tuple(group))
+    if gathered:
+        yield Window(tuple(gathered))
 
 
 def _rounds(
-    i: int, task: KeyTask, limit: int, begin: Callable[[KeyTask], Evaluation]
+    i: int, task: KeyTask, most: int, begin: Callable[[KeyTask], Evaluation]
 ) -> Iterator[Window]:
     grid = Grid(task.shape)
     fixed = sum(fixed_bytes(given) for given in task.inputs.values())
     moving = max(raw_bytes(task) - fixed, 1)
     per_block = -(-moving * min(grid.step, grid.elements) // grid.elements)
-    step = max(1, (min(GROUP, limit // 2) - fixed) // per_block)
+    step = max(1, (most - fixed) // per_block)
     streamed = Streamed(None if is_copied(task) else begin(task))
     while not streamed.last_round:
         for first in range(0, len(grid), step):

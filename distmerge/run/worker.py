@@ -119,6 +119,7 @@ class Worker:
         return UnitContext(
             fetcher=self._fetcher,
             arena_size=settings.memory.arena,
+            group=settings.memory.group,
             gathered=settings.memory.gathered,
             pool=self._pool,
             prefetcher=self._prefetcher,

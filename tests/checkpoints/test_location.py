@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from distmerge.checkpoints.location import Location, is_safe_path, locate, redact, split_hub_root
+from distmerge.checkpoints.location import (
+    Location,
+    is_far,
+    is_safe_path,
+    locate,
+    redact,
+    split_hub_root,
+)
 from distmerge.errors import CheckpointError, CheckpointNotFound
 
 
@@ -170,3 +177,18 @@ def test_unsafe_paths(path):
 def test_safe_paths(path):
     assert is_safe_path(path)
     assert os.path.normpath(path) == path
+
+
+@pytest.mark.parametrize(
+    ("root", "far"),
+    [
+        ("/models/law", False),
+        ("file:///models/law", False),
+        ("memory://shelf", False),
+        ("s3://bucket/law", True),
+        ("hf://org/law", True),
+        ("simplecache::s3://bucket/law", True),
+    ],
+)
+def test_what_is_behind_a_network(root, far):
+    assert is_far(root) is far

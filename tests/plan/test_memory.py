@@ -13,6 +13,8 @@ from distmerge.methods.blocks import BLOCK_ELEMENTS
 from distmerge.methods.declare import layer_merge
 from distmerge.plan.memory import (
     BARE_LIMIT,
+    FAR_GROUP,
+    GROUP,
     SLACK,
     WINDOW,
     WINDOWS,
@@ -108,6 +110,16 @@ def test_more_memory_is_never_refused_and_goes_to_the_arena(need, threads, reser
 def test_memory_beyond_use_is_left_alone():
     need = Need(10 * MiB, 0, 0, 100 * MiB, MiB)
     assert plan_memory(need, allowed=64 * GiB, threads=2, reserved=0).arena == 251 * MiB
+
+
+def test_far_inputs_are_read_in_longer_groups_where_there_is_room():
+    need = Need(10 * MiB, 0, 0, 0, MiB)
+    far = plan_memory(need, allowed=64 * GiB, threads=2, reserved=0, group=FAR_GROUP)
+    assert (far.group, far.arena) == (FAR_GROUP, 4 * FAR_GROUP)
+    near = plan_memory(need, allowed=64 * GiB, threads=2, reserved=0)
+    assert (near.group, near.arena) == (GROUP, 4 * GROUP)
+    tight = plan_memory(need, allowed=near.projected, threads=2, reserved=0, group=FAR_GROUP)
+    assert tight.arena == near.arena
 
 
 def test_a_refusal_names_the_amounts():

@@ -19,7 +19,9 @@ from servers.hub import LoopbackHub
 from servers.s3 import LoopbackS3
 
 import distmerge
+from distmerge.plan.memory import FAR_GROUP
 from distmerge.run.events import Event
+from distmerge.run.merge import plan
 
 INDEX = "model.safetensors.index.json"
 
@@ -71,6 +73,7 @@ def prefix() -> str:
 
 def test_s3_to_s3_gives_the_bytes_of_a_merge_on_disk(s3, remote, local, prefix):
     options: dict[str, Any] = {"storage_options": s3.storage_options, "max_shard_size": SHARD}
+    assert plan(recipe(remote), storage_options=s3.storage_options).memory.group == FAR_GROUP
     written = distmerge.merge(recipe(remote), s3.url(prefix), **options)
     found = objects(s3, prefix)
     assert weights(found) == weight_bytes(local)

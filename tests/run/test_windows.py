@@ -14,7 +14,17 @@ from distmerge.expressions.evaluate import Evaluation
 from distmerge.expressions.program import Call, Program, Read, Same
 from distmerge.methods.blocks import BLOCK_ELEMENTS, Grid
 from distmerge.methods.registry import find_method
-from distmerge.plan.memory import SLACK, WINDOW, WINDOWS, MiB, largest_need, need_of, plan_memory
+from distmerge.plan.memory import (
+    FAR_GROUP,
+    GROUP,
+    SLACK,
+    WINDOW,
+    WINDOWS,
+    MiB,
+    largest_need,
+    need_of,
+    plan_memory,
+)
 from distmerge.plan.work import KeyTask
 from distmerge.run.arena import ALIGN
 from distmerge.run.fetch import ranges
@@ -49,18 +59,26 @@ shapes = st.lists(
 )
 
 
-@given(shapes, st.integers(2, 5), st.integers(0, 200), st.integers(4 * MiB, 40 * MiB))
-def test_windows_hold_every_key_and_fit(shapes, leaves, gap, more):
+@given(
+    shapes,
+    st.integers(2, 5),
+    st.integers(0, 200),
+    st.integers(4 * MiB, 40 * MiB),
+    st.sampled_from([GROUP, FAR_GROUP]),
+)
+def test_windows_hold_every_key_and_fit(shapes, leaves, gap, more, group):
     tasks = tasks_of(shapes, leaves, gap)
     need = largest_need(need_of(t.program, t.shape, raw_bytes(t), 4) for t in tasks)
     fixed = need.block + WINDOWS * WINDOW + SLACK
     with pytest.raises(MemoryBudgetError):
         plan_memory(need, allowed=fixed, threads=1, reserved=0)
     allowed = fixed + 4 * need.streamed + 2 * need.largest + more
-    arena = plan_memory(need, allowed=allowed, threads=1, reserved=0).arena
+    arena = plan_memory(need, allowed=allowed, threads=1, reserved=0, group=group).arena
     seen: list[int] = []
     rounds: dict[int, list[range]] = {}
-    pulled = windows(tasks, arena, lambda t: Evaluation(t.program, t.shape), only_ask=False)
+    pulled = windows(
+        tasks, arena, lambda t: Evaluation(t.program, t.shape), group=group, only_ask=False
+    )
     for window in pulled:
         room = 0
         for leaf in range(leaves):
@@ -83,13 +101,15 @@ def test_windows_hold_every_key_and_fit(shapes, leaves, gap, more):
 def test_thousands_of_scattered_scalars_do_not_fill_the_ring():
     # Each takes 64 bytes of the ring, however short it is.
     tasks = tasks_of([(1,)] * 40_000, 2, gap=4096)
-    for window in windows(tasks, 4 * MiB, lambda t: None, only_ask=False):  # type: ignore[arg-type,return-value]
+    for window in windows(tasks, 4 * MiB, lambda t: None, group=GROUP, only_ask=False):  # type: ignore[arg-type,return-value]
         assert 2 * ALIGN * len(window.tasks) <= 2 * MiB
 
 
 def test_a_streamed_key_is_left_when_it_has_nothing_more_to_ask():
     tasks = tasks_of([(40_000, 63), (7,)], 4)
-    pulled = windows(tasks, 4 * MiB, lambda t: Evaluation(t.program, t.shape), only_ask=True)
+    pulled = windows(
+        tasks, 4 * MiB, lambda t: Evaluation(t.program, t.shape), group=GROUP, only_ask=True
+    )
     first = next(pulled)
     assert first.streamed is not None
     again = next(pulled)
@@ -102,7 +122,7 @@ def test_keys_that_ask_nothing_are_left_out_of_a_pass_that_asks():
     asking, silent = tasks_of([(63,), (7,)], 3)
     copied = Program("ids", (Same((0, 1)),))
     quiet = KeyTask(copied, silent.shape, "BF16", 0, silent.inputs, None)
-    found = list(windows([quiet, asking], 4 * MiB, lambda t: None, only_ask=True))  # type: ignore[arg-type,return-value]
+    found = list(windows([quiet, asking], 4 * MiB, lambda t: None, group=GROUP, only_ask=True))  # type: ignore[arg-type,return-value]
     assert [window.tasks for window in found] == [(1,)]
 
 
