@@ -7,6 +7,7 @@ which layer's parameters hold, whether shapes and dtypes agree.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from distmerge.checkpoints.tensors import FLOAT_DTYPES
 from distmerge.errors import RecipeError
@@ -203,12 +204,21 @@ class Compiler:
         everywhere = all(step is not None for _, members in built for step in members)
         if everywhere and (node.base is None or base is not None):
             inputs = tuple((n, tuple(s for s in members if s is not None)) for n, members in built)
-            given = self.parameters.of(node, scope.key, scope.layers) if self._merging else {}
+            given = self._given(node, scope) if self._merging else {}
             own_key = None if scope.key == scope.output else scope.key
             ordinal = self._ordinals[id(node)]
             call = Call(ordinal, node.method, inputs, base, node.base_index, given, own_key)
             return _add(steps, call)
         return self._missing(node, scope.output, steps, base, present, built)
+
+    def _given(self, node: Apply, scope: Scope) -> Mapping[str, Any]:
+        """The node's parameters for a key."""
+        inside = [
+            self.scopes.inside(one, scope) if isinstance(one, Renumber) else scope
+            for one in node.models
+        ]
+        own = [scope.key if one is None else one.key for one in inside]
+        return self.parameters.of(node, scope.key, scope.layers, own)
 
     def _missing(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distmerge.errors import ParameterError
@@ -18,9 +18,14 @@ class NodeParameters:
         self._constant: dict[int, Mapping[str, Any]] = {}
         self._checked: dict[tuple[int, str, type, Any], Any] = {}
 
-    def of(self, node: Apply, key: str, layers: Layers) -> Mapping[str, Any]:
+    def of(
+        self, node: Apply, key: str, layers: Layers, own_keys: Sequence[str] = ()
+    ) -> Mapping[str, Any]:
         """By name; lists, one value for each model, for per-model parameters. Gradients run over
         `layers`.
+
+        own_keys: what each model calls the key, where layers are moved: filters of its parameters
+            see that, as in mergekit.
 
         Raises
             ParameterError: one is missing, of the wrong type or out of range.
@@ -30,7 +35,8 @@ class NodeParameters:
             return constant
         given = dict(node.parameters)
         resolved = {
-            name: self._parameter(node, name, given, key, layers) for name in node.method.parameters
+            name: self._parameter(node, name, given, key, layers, own_keys)
+            for name in node.method.parameters
         }
         for name in given.keys() - resolved.keys():  # a method that takes **kw
             value = _resolve_all(given[name], key, layers)
@@ -41,7 +47,13 @@ class NodeParameters:
         return resolved
 
     def _parameter(
-        self, node: Apply, name: str, given: Mapping[str, Any], key: str, layers: Layers
+        self,
+        node: Apply,
+        name: str,
+        given: Mapping[str, Any],
+        key: str,
+        layers: Layers,
+        own_keys: Sequence[str],
     ) -> Any:
         declared = node.method.parameters[name]
         count = len(node.models)
@@ -57,7 +69,10 @@ class NodeParameters:
                 f"{node.method.name}: {name} has {len(values)} values for {count} models.",
                 fix="give one for each model, the base not counted",
             )
-        return [self._checked_value(node, name, resolve(v, key, layers), key) for v in values]
+        return [
+            self._checked_value(node, name, resolve(v, key, layers, own), key)
+            for v, own in zip(values, own_keys or [key] * count, strict=True)
+        ]
 
     def _checked_value(self, node: Apply, name: str, value: Any, key: str) -> Any:
         declared = node.method.parameters[name]

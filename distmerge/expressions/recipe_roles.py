@@ -76,9 +76,20 @@ def assign_roles(recipe: Recipe, section: Section) -> Roles:
     elif base is not None:
         added = base_at is None and not section.is_slice and _merge_base_too(recipe, roles, base)
         roles.base_listed = base_at is not None or added
+    if not roles.members and base_at is not None and _may_be_alone(recipe):
+        where = recipe.document.where(section.path)
+        roles.warnings.append(f"{where}: {base}, the base, has nothing beside it: it is copied.")
+        return roles
     _check_count(recipe, roles)
     _check_inputs(recipe, roles)
     return roles
+
+
+def _may_be_alone(recipe: Recipe) -> bool:
+    """Does a base without models have a result, itself, as in mergekit? Of sums of differences
+    from it, that is."""
+    method = recipe.method
+    return method.builtin and method.base_required and method.models == (1, None)
 
 
 def parameters_of(recipe: Recipe, roles: Roles) -> dict[str, Any]:

@@ -75,8 +75,11 @@ class _Builder:
             counts.append(length)
         return Stack(tuple(applied), family, tuple(counts))
 
-    def _apply(self, roles: Roles, view: _View) -> Apply:
+    def _apply(self, roles: Roles, view: _View) -> Expression:
         recipe, method = self.recipe, self.recipe.method
+        if not roles.members:
+            assert roles.base is not None
+            return view(roles.base, roles.base_layers)
         members = tuple(view(member.model, member.layers) for member in roles.members)
         further = (
             (name, tuple(view(member.inputs[name], member.layers) for member in roles.members))

@@ -64,13 +64,16 @@ class Fallback:
         return " else ".join(map(str, self.levels))
 
 
-def resolve(value: Any, key: str, layers: Layers) -> Any:
-    """The plain value for one key; `NO_MATCH` if no filter matches."""
+def resolve(value: Any, key: str, layers: Layers, name: str | None = None) -> Any:
+    """The plain value for one key; `NO_MATCH` if no filter matches.
+
+    name: what filters see, if not the key.
+    """
     if isinstance(value, Fallback):
-        found = (resolve(level, key, layers) for level in value.levels)
+        found = (resolve(level, key, layers, name) for level in value.levels)
         return next((v for v in found if v is not NO_MATCH), NO_MATCH)
     if isinstance(value, Filtered):
-        return resolve(value.for_key(key), key, layers)
+        return resolve(value.for_key(name or key), key, layers, name)
     if isinstance(value, Gradient):
         return value.at(layers.position(key))
     return value

@@ -87,6 +87,16 @@ def test_parameters_of_a_base_are_ignored_with_a_word(models):
     assert "weight of base is ignored" in warning
 
 
+@pytest.mark.parametrize("method", ["ties", "sce", "ram"])
+def test_a_base_that_is_listed_alone_is_copied_with_a_word(models, method):
+    request = build(method, ["base"], base_model="base")
+    assert str(request.root) == "base"
+    (warning,) = request.warnings
+    assert warning.endswith("base, the base, has nothing beside it: it is copied.")
+    with pytest.raises(RecipeError, match="merges 2 models"):
+        build("nuslerp", ["base"], base_model="base")
+
+
 def test_linear_merges_a_listed_base_as_one_of_the_models(models):
     request = build("linear", [weighted("a", 2), weighted("base", 3)], base_model="base")
     assert names_of(request) == ["a", "base"]

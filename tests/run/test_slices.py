@@ -163,6 +163,19 @@ def test_slices_merge_with_parameters_of_four_levels(models):
     assert config["layer_types"] == [f"a{n}" for n in range(6)]
 
 
+def test_filters_see_the_names_that_a_model_has_for_its_layers(models):
+    """As in mergekit, for what each model has a value of its own of."""
+    weight = [{"filter": "layers.3.", "value": 5}, {"filter": "layers.0.", "value": 7}]
+    sources = [{"model": "a", "layer_range": [3, 5]}, {"model": "b", "layer_range": [0, 2]}]
+    keys = {"merge_method": "linear", "slices": [{"sources": sources}]}
+    parameters = {"weight": [*weight, {"value": 1}], "normalize": False}
+    found, _ = merged({**keys, "parameters": parameters})
+    for n, (first, second) in enumerate([(5, 7), (1, 1)]):
+        for i, own in enumerate(layer({"out": found}, "out", n)):
+            expected = first * layer(models, "a", n + 3)[i] + second * layer(models, "b", n)[i]
+            torch.testing.assert_close(own, expected)
+
+
 def test_a_slice_of_all_layers_is_the_same_merge_as_models(models):
     sources = [{"model": name, "layer_range": [0, 6]} for name in ("base", "a")]
     keys = {"merge_method": "slerp", "base_model": "base", "parameters": {"t": [0, 0.5, 1]}}
