@@ -204,21 +204,15 @@ class Compiler:
         everywhere = all(step is not None for _, members in built for step in members)
         if everywhere and (node.base is None or base is not None):
             inputs = tuple((n, tuple(s for s in members if s is not None)) for n, members in built)
-            given = self._given(node, scope) if self._merging else {}
+            given: Mapping[str, Any] = {}
+            if self._merging:
+                own = self.scopes.own_keys(node.models, scope)
+                given = self.parameters.of(node, scope.key, scope.layers, own)
             own_key = None if scope.key == scope.output else scope.key
             ordinal = self._ordinals[id(node)]
             call = Call(ordinal, node.method, inputs, base, node.base_index, given, own_key)
             return _add(steps, call)
         return self._missing(node, scope.output, steps, base, present, built)
-
-    def _given(self, node: Apply, scope: Scope) -> Mapping[str, Any]:
-        """The node's parameters for a key."""
-        inside = [
-            self.scopes.inside(one, scope) if isinstance(one, Renumber) else scope
-            for one in node.models
-        ]
-        own = [scope.key if one is None else one.key for one in inside]
-        return self.parameters.of(node, scope.key, scope.layers, own)
 
     def _missing(
         self,

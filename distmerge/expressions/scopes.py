@@ -6,7 +6,7 @@ nested merge, that they are written in.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from distmerge.errors import RecipeError
@@ -60,6 +60,11 @@ class Scopes:
             path, layers = (*scope.path, node.move), self._layers_of(node.child)
             self._scopes[place] = None if key is None else Scope(scope.output, key, path, layers)
         return self._scopes[place]
+
+    def own_keys(self, models: Sequence[Expression], scope: Scope) -> list[str]:
+        """What each model calls the scope's key."""
+        inside = [self.inside(m, scope) if isinstance(m, Renumber) else scope for m in models]
+        return [scope.key if one is None else one.key for one in inside]
 
     def part(self, node: Stack, part: int, scope: Scope) -> Scope:
         """The scope of a part: gradients run over its own layers."""
