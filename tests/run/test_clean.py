@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run.family import names_below, save_model
+from run.family import MODELS, names_below, save_model
 from run.merging import SMALL, small_models
 from run.places import BEFORE_A_RECEIPT
 from run.stopping import merge, run_until
@@ -61,6 +61,23 @@ def test_a_living_run_is_not_disturbed(place, recipe):
                 clean(place.url, **place.options)
 
     distmerge.merge(recipe, place.url, max_shard_size=SMALL, listener=look, **place.options)
+
+
+@pytest.mark.full
+def test_an_upload_that_a_killed_run_began_is_aborted(s3, family, tmp_path):
+    name, marker = f"clean-{uuid.uuid4().hex[:8]}", tmp_path / "marker"
+    url, options = s3.url(name), {"storage_options": s3.storage_options}
+    # One shard of more than one part, each of which is on S3 when the run dies.
+    models = [{"model": family.path(model)} for model in MODELS[:2]]
+    made = {"merge_method": "linear", "models": models, "parameters": {"weight": 1.0}}
+    stop = ("PendingUpload.commit", r"model\.safetensors$", 1, marker)
+    given = {**options, "out_dtype": "float32"}
+    assert run_until(*stop, merge, made, url, given) == -signal.SIGKILL
+    assert marker.exists()
+    assert len(s3.unfinished_uploads(name)) == 1
+    assert clean(url, **options).unfinished == 1
+    assert s3.unfinished_uploads(name) == []
+    assert s3.keys(f"{name}/") == []
 
 
 def test_orphaned_uploads_are_aborted_and_others_kept(s3):

@@ -23,6 +23,13 @@ from distmerge.errors import AccessDenied, CheckpointNotFound, OutputError
 
 UNUSED = "planted-secret-of-another-bucket"
 WRONG = "planted-wrong-secret"
+SESSION = "planted-session-token"
+ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "planted-key-in-the-environment",
+    "AWS_SECRET_ACCESS_KEY": "planted-secret-in-the-environment",
+    "AWS_SESSION_TOKEN": "planted-token-in-the-environment",
+}
+IN_URL = "planted-in-the-url"
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +56,7 @@ def recipe_with_secrets(s3: Any, sources: list[str], folder: Path) -> Path:
         "models": [{"model": source} for source in sources],
         "parameters": {"weight": 1.0},
         "storage_options": {
-            f"s3://{s3.bucket}/": s3.storage_options,
+            f"s3://{s3.bucket}/": {**s3.storage_options, "token": SESSION},
             "s3://elsewhere/": {"key": UNUSED, "secret": UNUSED},
         },
     }
@@ -105,7 +112,7 @@ def leaking(folder: Path, secrets: list[str], but: Path) -> list[str]:
 )
 def test_secrets_stay_where_they_are_needed(s3, hub, sources, tmp_path, engine, out):
     path = recipe_with_secrets(s3, sources, tmp_path)
-    secrets = [s3.access_key, s3.secret_key, hub.token, UNUSED]
+    secrets = [s3.access_key, s3.secret_key, hub.token, UNUSED, SESSION, *ENVIRONMENT.values()]
     name = f"leak-{uuid.uuid4().hex[:8]}"
     url = s3.url(name) if out == "s3" else f"hf://org/{name}"
     command = [sys.executable, "-m", "distmerge.cli", "merge", str(path), url]
@@ -125,6 +132,7 @@ def test_secrets_stay_where_they_are_needed(s3, hub, sources, tmp_path, engine, 
     space.mkdir()
     # Ray keeps its sessions, with every log and what describes the job, in its own folder.
     environment = {"HF_TOKEN": hub.token, "TMPDIR": str(space), "RAY_TMPDIR": f"/tmp/{name[-6:]}"}
+    environment |= ENVIRONMENT
     sessions = Path(environment["RAY_TMPDIR"])
     sessions.mkdir()
     try:
@@ -138,7 +146,7 @@ def test_secrets_stay_where_they_are_needed(s3, hub, sources, tmp_path, engine, 
     finally:
         subprocess.run(["rm", "-rf", str(sessions)], check=True)
     written = _written(s3, hub, name, out)
-    assert "distmerge.json" in written
+    assert {"distmerge.json", "README.md", "mergekit_config.yml", "config.json"} <= set(written)
     assert not [n for n, data in written.items() if any(s.encode() in data for s in secrets)]
 
 
@@ -153,7 +161,34 @@ def _written(s3: Any, hub: Any, name: str, out: str) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("where", ["an input on S3", "an output on S3", "an input on the Hub"])
+@pytest.mark.parametrize("where", ["input", pytest.param("output", marks=pytest.mark.full)])
+def test_a_url_with_credentials_is_refused_and_not_repeated(models, tmp_path, where):
+    url = f"s3://user:{IN_URL}@bucket/model"
+    recipe = {
+        "merge_method": "linear",
+        "models": [
+            {"model": str(models[0])},
+            {"model": url if where == "input" else str(models[1])},
+        ],
+        "parameters": {"weight": 1.0},
+    }
+    path = tmp_path / "recipe.yml"
+    path.write_text(json.dumps(recipe))
+    out = url if where == "output" else str(tmp_path / "out")
+    words = ["merge", str(path), out, "--event-log", str(tmp_path / "events.jsonl"), "--json"]
+    told = subprocess.run(
+        [sys.executable, "-m", "distmerge.cli", *words], capture_output=True, text=True, check=False
+    )
+    assert told.returncode == 2
+    assert "credentials" in told.stderr
+    assert "Fix: " in told.stderr
+    assert IN_URL not in told.stdout + told.stderr
+    assert leaking(tmp_path, [IN_URL], path) == []
+
+
+@pytest.mark.parametrize(
+    "where", ["an input on S3", "an output on S3", "an input on the Hub", "an output on the Hub"]
+)
 def test_wrong_credentials_are_one_sentence_and_not_in_it(
     s3, hub, sources, models, tmp_path, monkeypatch, caplog, where
 ):
@@ -166,7 +201,8 @@ def test_wrong_credentials_are_one_sentence_and_not_in_it(
         "models": [{"model": str(models[0])}, {"model": place or str(models[1])}],
         "parameters": {"weight": 1.0},
     }
-    out = s3.url("wrong/out") if "output" in where else str(tmp_path / "out")
+    outputs = {"an output on S3": s3.url("wrong/out"), "an output on the Hub": "hf://org/wrong"}
+    out = outputs.get(where, str(tmp_path / "out"))
     with pytest.raises((AccessDenied, CheckpointNotFound, OutputError)) as caught:
         distmerge.merge(recipe, out, storage_options=options)
     assert "Fix: " in str(caught.value)
@@ -175,15 +211,29 @@ def test_wrong_credentials_are_one_sentence_and_not_in_it(
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_credentials_are_one_sentence(s3, sources, models, tmp_path):
-    options = {"client_kwargs": s3.storage_options["client_kwargs"]}
+@pytest.mark.parametrize(
+    ("where", "told"),
+    [
+        ("an input on S3", "There are no credentials for s3://"),
+        ("an output on S3", "You may not write s3://"),
+        ("an input on the Hub", "There is no public model hf://"),
+        ("an output on the Hub", "You may not write hf://"),
+    ],
+)
+def test_missing_credentials_are_one_sentence(s3, sources, models, tmp_path, where, told):
+    options = {"s3://": {"client_kwargs": s3.storage_options["client_kwargs"]}}
+    place = {"an input on S3": sources[0], "an input on the Hub": sources[1]}.get(where)
+    outputs = {"an output on S3": s3.url("none/out"), "an output on the Hub": "hf://org/none"}
     recipe = {
         "merge_method": "linear",
-        "models": [{"model": str(models[0])}, {"model": sources[0]}],
+        "models": [{"model": str(models[0])}, {"model": place or str(models[1])}],
         "parameters": {"weight": 1.0},
     }
-    with pytest.raises(AccessDenied, match="There are no credentials"):
-        distmerge.merge(recipe, str(tmp_path / "out"), storage_options=options)
+    out = outputs.get(where, str(tmp_path / "out"))
+    with pytest.raises((AccessDenied, CheckpointNotFound, OutputError), match=told) as caught:
+        distmerge.merge(recipe, out, storage_options=options)
+    assert caught.value.headline.count(". ") == 0
+    assert "Fix: " in str(caught.value)
 
 
 @pytest.mark.full
