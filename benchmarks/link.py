@@ -39,7 +39,7 @@ def _rate(bench: Bench) -> int:
 def _from_s3(bench: Bench, models: Sequence[Path]) -> Result:
     shares, peaks = [], []
     with loopback_s3() as server:
-        _put(server, models)
+        put_models(server, models)
         for _ in range(bench.runs):
             with relay(server.endpoint, _rate(bench)) as link:
                 options = server.storage_options
@@ -100,7 +100,7 @@ def _told(bench: Bench, place: str, shares: Sequence[float], peaks: Sequence[int
     return Check("link", work, measured, f"80%, {ALLOWED / MB:,.0f} MB", met)
 
 
-def _put(server: Any, models: Sequence[Path]) -> None:
+def put_models(server: Any, models: Sequence[Path]) -> None:
     """Copy the models to the server, past the relay."""
     client = server.client()
     for model in models:

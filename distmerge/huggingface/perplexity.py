@@ -12,14 +12,19 @@ import torch
 from distmerge.errors import ParameterError
 
 _UNSCORED = -100
+STEPS = 20
+"""Times that a perplexity is told on the way."""
+BATCH = 8
+"""Windows at a time."""
 LONGEST = 1024
 """Tokens of a window, unless a longer one is asked for."""
 
 
 def text_perplexity(
     pipeline: Any, text: str, *, context: int | None = None, stride: int | None = None
-) -> dict[str, float]:
-    """The perplexity of a text, read through windows.
+) -> Iterator[dict[str, float]]:
+    """The perplexity of a text, read through windows: of its beginning, some `STEPS` times on the
+    way, and at last of all of it.
 
     pipeline: of a causal language model, with its tokenizer.
     context, stride: tokens, see `log_perplexity`; by default what the model takes, at most
@@ -35,10 +40,12 @@ def text_perplexity(
     if context is not None and limit is not None and context > limit:
         raise ParameterError(f"a context of {context} tokens is longer than the model's {limit}.")
     length = context or min(limit or LONGEST, LONGEST)
-    nats = log_perplexity(
-        pipeline.model, _quiet(pipeline.tokenizer), [text], context=length, stride=stride
-    )
-    return {"perplexity": math.exp(nats)}
+    tokens = _quiet(pipeline.tokenizer)(text).input_ids
+    windows = list(_windows(tokens, length, _step(length, stride)))
+    every = max(1, len(windows) // (BATCH * STEPS))
+    for number, nats in enumerate(_means(pipeline.model, iter(windows), BATCH), 1):
+        if number % every == 0 or number * BATCH >= len(windows):
+            yield {"perplexity": math.exp(nats)}
 
 
 def _limit(model: Any) -> int | None:
@@ -60,7 +67,7 @@ def log_perplexity(
     *,
     context: int = 128,
     stride: int | None = None,
-    batch: int = 8,
+    batch: int = BATCH,
 ) -> float:
     """Mean negative log-likelihood per token over all texts, in nats.
 
@@ -72,6 +79,13 @@ def log_perplexity(
     Raises
         ParameterError: a stride outside 1 to `context` - 1, or no text of two tokens.
     """
+    step = _step(context, stride)
+    windows = (w for text in texts for w in _windows(tokenizer(text).input_ids, context, step))
+    *_, nats = _means(model, windows, batch)
+    return nats
+
+
+def _step(context: int, stride: int | None) -> int:
     step = context // 2 if stride is None else stride
     if not 1 <= step < context:
         raise ParameterError(
@@ -79,17 +93,23 @@ def log_perplexity(
             f"context: {context} tokens",
             fix=f"stride={context // 2}",
         )
-    windows = (w for text in texts for w in _windows(tokenizer(text).input_ids, context, step))
+    return step
+
+
+def _means(
+    model: torch.nn.Module, windows: Iterator[tuple[Sequence[int], int]], batch: int
+) -> Iterator[float]:
+    """Nats per token of the windows so far, after each batch of them."""
     total, scored = 0.0, 0
     while rows := list(islice(windows, batch)):
         nats, tokens = _score(model, rows)
         total += nats
         scored += tokens
+        yield total / scored
     if not scored:
         raise ParameterError(
             "there is no token to predict: no text has two.", fix="pass longer texts"
         )
-    return total / scored
 
 
 def _windows(

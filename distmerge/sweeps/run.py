@@ -195,7 +195,7 @@ def scored_by(
         return score_here(jobs, at_once, should_stop)
     from distmerge.sweeps.ray_scoring import score_on_cluster
 
-    return score_on_cluster(jobs, at_once, settings)
+    return score_on_cluster(jobs, at_once, settings, should_stop)
 
 
 def result_of(candidate: Candidate, scored: Scored, digest: str, evaluator: Evaluator) -> Result:

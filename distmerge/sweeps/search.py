@@ -148,7 +148,7 @@ def search(
     """
     settings = MergeOptions(**options)
     judging = {k: v for k, v in (("evaluate", evaluate), ("keep", keep)) if v is not None}
-    space, judged, documents = _definition(definition, judging, settings, pruner)
+    space, judged, documents = _definition(definition, judging, settings)
     assert judged.evaluate is not None
     evaluator, by = load_evaluator(judged.evaluate), _ranking(judged)
     output = open_output(out, settings.storage_options)
@@ -184,15 +184,13 @@ def _write(
 
 
 def _definition(
-    definition: Given, judging: Mapping[str, Any], settings: MergeOptions, pruner: str
+    definition: Given, judging: Mapping[str, Any], settings: MergeOptions
 ) -> tuple[Space, Judging, list[Document]]:
     """What is searched, by what, in which recipe. Raises RecipeError."""
     space, judged, documents = read_sweep(definition, judging)
     space.check_parts()
     if judged.evaluate is None:
         raise RecipeError("A search goes by scores.", fix="evaluate: judging.py:score")
-    if pruner != "none" and settings.engine != "local":
-        raise RecipeError("Trials on Ray can't be stopped on the way.", fix="--pruner none")
     return space, judged, override(documents, settings.overrides)
 
 

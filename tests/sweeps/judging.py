@@ -47,3 +47,8 @@ def total(model):
 
 def whole(state_dict):
     return sum(float(tensor.double().norm()) for tensor in state_dict.collect().values())
+
+
+def steps(state_dict):
+    for _ in range(4):
+        yield norm(state_dict)

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from run.family import save_model, weight_bytes
 from run.merging import small_models
+from small_models import gpt2, save
 from sweeps import judging
 from sweeps.killing import kill_at_the_third_call
 
@@ -37,6 +38,13 @@ def recipe(tmp_path):
         "parameters": {"weight": 1.0},
         "sample": {"over": {"parameters.lambda": {"min": 0, "max": 1}}},
     }
+
+
+@pytest.fixture(scope="module")
+def gpts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpts")
+    base = gpt2(1)
+    return [save(base, folder / "base"), save(gpt2(2, base), folder / "other")]
 
 
 def lines(out):
@@ -246,7 +254,6 @@ def test_excluded_settings_are_not_evaluated(recipe, tmp_path, ends):
         ({"sampler": "grid"}, "no sampler 'grid'"),
         ({"pruner": "wilcoxon"}, "no pruner 'wilcoxon'"),
         ({"storage": "nonsense://x"}, "study can't be kept"),
-        ({"pruner": "median", "engine": "ray"}, "on Ray can't be stopped"),
         ({"evaluate": lambda state_dict: {"a": 1}}, "no score 'score' .* among a"),
         ({"evaluate": lambda state_dict: float("nan")}, "returned nan"),
     ],
@@ -278,3 +285,54 @@ def test_a_search_that_lost_its_lease_keeps_no_further_result(recipe, tmp_path, 
     assert len(seen) == 2
     assert len(lines(out)) == 1
     assert not (out / "results.csv").exists()
+
+
+@pytest.mark.full
+def test_the_built_in_perplexity_is_told_on_the_way_and_trials_are_stopped(gpts, tmp_path):
+    """Candidates beyond the base are far worse from the first windows on."""
+    (tmp_path / "text.txt").write_text("the cat sat on a mat and then the dog ran " * 60)
+    space = {
+        "merge_method": "task_arithmetic",
+        "base_model": gpts[0],
+        "models": [{"model": gpts[1]}],
+        "parameters": {"weight": 1.0},
+        "sample": {"over": {"parameters.lambda": {"min": 0, "max": 60}}},
+        "evaluate": {"perplexity": str(tmp_path / "text.txt"), "context": 8, "distances": False},
+        "keep": "best 1 by perplexity",
+    }
+    results = search(space, str(tmp_path / "out"), trials=12, pruner="median", **OPTIONS)
+    trials = study_of(tmp_path / "out").trials
+    stopped = [trial for trial in trials if trial.state.name == "PRUNED"]
+    whole = [trial for trial in trials if trial.state.name == "COMPLETE"]
+    assert stopped
+    assert len(whole) == len(results)
+    most = max(len(trial.intermediate_values) for trial in whole)
+    assert 10 <= most <= 42
+    assert all(len(trial.intermediate_values) < most for trial in stopped)
+    for trial in whole:
+        assert trial.value == trial.intermediate_values[most - 1]
+
+
+@pytest.mark.full
+def test_trials_on_ray_are_stopped_too(recipe, tmp_path):
+    recipe["list"] = [{"seed": n} for n in range(4)]
+    evaluate = {"function": f"{JUDGING}:steps", "at_once": 2, "distances": False}
+    results = search(
+        recipe,
+        str(tmp_path / "out"),
+        trials=14,
+        sampler="qmc",
+        pruner="median",
+        evaluate=evaluate,
+        engine="ray",
+        workers=2,
+        allowed_mem="1GiB",
+    )
+    trials = study_of(tmp_path / "out").trials
+    stopped = [trial for trial in trials if trial.state.name == "PRUNED"]
+    assert stopped
+    assert len(stopped) + len(results) == 14
+    assert all(1 <= len(trial.intermediate_values) <= 4 for trial in trials)
+    assert {result.score for result in results} == {
+        trial.intermediate_values[3] for trial in trials if trial not in stopped
+    }

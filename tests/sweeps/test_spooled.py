@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from run.family import names_below, weight_bytes
+from servers.ray_nodes import RayNodes
 from servers.s3 import LoopbackS3
 from servers.traffic import SeenRequest
 from small_models import gpt2, save
@@ -177,3 +178,26 @@ def test_without_room_it_is_refused_or_said(s3, remote, tmp_path, monkeypatch):
     with pytest.raises(OutputError, match=r"of inputs don't fit into the 1 MB of") as raised:
         planned(s3, remote, Scratch(str(tmp_path), "1MB"), **scored)
     assert "--scratch none" in raised.value.fix
+
+
+@pytest.mark.full
+def test_workers_of_a_cluster_share_their_nodes_spool(s3, local, remote, tmp_path):
+    cluster = RayNodes(2)
+    try:
+        with s3.recording() as seen:
+            results = distmerge.sweep(
+                {**recipe(remote), "grid": {"parameters.density": DENSITIES}},
+                str(tmp_path / "out"),
+                evaluate={"function": f"{judging.__file__}:two", "at_once": 2},
+                keep="best 2 by loss",
+                engine="ray",
+                address=cluster.address,
+                scratch=str(tmp_path / "there"),
+                **options(s3, "1GiB"),
+            )
+    finally:
+        cluster.stop()
+    check_read_once(s3, local, seen)
+    assert len({result.scores["process"] for result in results}) == 2
+    assert len([result for result in results if result.place]) == 2
+    assert left_over(tmp_path / "there", tmp_path / "out") == []
