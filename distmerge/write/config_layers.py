@@ -20,6 +20,8 @@ _LIMITS = ("max_window_layers",)
 """Numbers of layers that are as many as there are, or some of the first."""
 _INDICES = re.compile(r"(?!num_)\w*(_layers|_indices|_indexes|_idxs|_ids)")
 """Lists of layers, by their numbers."""
+_OF_NO_LAYER = re.compile(r"architectures|\w*_token_ids?|languages?|id2label|label2id")
+"""Lists of which a length like the number of layers says nothing."""
 _TOWERS = ("vision", "audio")
 
 
@@ -49,6 +51,8 @@ def edit_layers(
     section = _at(edited, path)
     old = _count(section, family)
     for field, value in list(section.items()):
+        if _OF_NO_LAYER.fullmatch(field):
+            continue
         if isinstance(value, list) and value:
             section[field] = _listed(field, value, old, path, family, origins)
         elif field in _fields(section, family) and value == old:

@@ -20,8 +20,15 @@ def test_counts_and_lists_follow_the_layers():
         "mlp_only_layers": [1],
         "max_window_layers": 3,
         "architectures": ["OneForCausalLM"],
+        "eos_token_id": [7, 8, 9],
+        "num_attention_heads": [4, 2, 1],
     }
-    other = {"num_hidden_layers": 2, "layer_types": ["p", "q"], "mlp_only_layers": [0]}
+    other = {
+        "num_hidden_layers": 2,
+        "layer_types": ["p", "q"],
+        "mlp_only_layers": [0],
+        "num_attention_heads": [8, 16],
+    }
     edited = edit_layers(
         donor, "model.layers", origins((donor, 1), (donor, 1), (other, 0), (other, 1), (None, 2))
     )
@@ -32,6 +39,8 @@ def test_counts_and_lists_follow_the_layers():
         "mlp_only_layers": [0, 1, 2],
         "max_window_layers": 5,
         "architectures": ["OneForCausalLM"],
+        "eos_token_id": [7, 8, 9],
+        "num_attention_heads": [2, 2, 8, 16, 1],
     }
     assert donor["num_hidden_layers"] == 3
 
