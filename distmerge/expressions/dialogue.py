@@ -2,19 +2,25 @@
 
 A method that yields questions is a generator; it is run anew on every block, told the answers
 that are known, and what it asks next is noted. The end of a round turns the notes into answers.
+
+Where several programs look at the same blocks (`distmerge.methods.sharing`), a dialogue whose
+questions another one asks as well follows that one, and takes over its answers.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Generator, Hashable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any
 
 from distmerge.errors import MethodError
 from distmerge.expressions.program import Call
+from distmerge.expressions.question_kinds import Said, said_by
 from distmerge.methods.random import Draw
 from distmerge.methods.reductions import Again, Question
+from distmerge.methods.sharing import is_shared, once
 
 Place = tuple[int, int, int]
 """Of a question in an expression: node ordinal, ordinal of the yield, place in its list."""
@@ -40,7 +46,7 @@ class _Asked:
     states: list[Any]
     """Per question: None at first, then what `Again` said, `Answered` when done."""
     samples: list[Question]
-    kinds: list[Any]
+    kinds: list[Hashable]
     """Per question, all of it but its block: what every block has to ask alike."""
     folded: list[Any]
     """Per question, the fold of partials: as they come if they are exact in any order, else those
@@ -49,6 +55,8 @@ class _Asked:
     """How many blocks, in order, are folded."""
     waiting: dict[int, list[Any]] = field(default_factory=dict)
     """Partials of later blocks: all of them together could be as large as the tensor."""
+    begun: bool = False
+    """Has a block been looked at in this round?"""
 
     def fold(self, index: int, partials: list[Any]) -> None:
         """Add what a block has to say: None to questions that are answered."""
@@ -71,7 +79,7 @@ class _Asked:
 
     def begin_again(self) -> None:
         """Forget the partials, for another round."""
-        self.folded, self.blocks = [None] * len(self.states), 0
+        self.folded, self.blocks, self.begun = [None] * len(self.states), 0, False
 
 
 class Dialogue:
@@ -94,6 +102,18 @@ class Dialogue:
         self._sampled: dict[tuple[int, int], tuple[Question, Any]] = {}
         self._hints: dict[tuple[int, int], Any] = {}
         self._returned = False
+        self._leader: Dialogue | None = None
+        """Who asks what this one asks, until that is answered."""
+
+    @property
+    def asking(self) -> bool:
+        """Is anything open?"""
+        return self._asked is not None or bool(self._sampled)
+
+    @property
+    def follows(self) -> bool:
+        """Is what is open asked by another one, too, which looks at the blocks?"""
+        return self._leader is not None
 
     def replay(self, conversation: Generator[Any, Any, Any], index: int, start: int) -> Any:
         """Run the method on block `index`, whose first element is `start`: its result, or
@@ -142,7 +162,8 @@ class Dialogue:
         if index == SAMPLE:
             self._note_sample(ordinal, questions)
             return
-        kinds = [_kind(question) for question in questions]
+        said = [said_by(question) for question in questions]
+        kinds = [one.kind for one in said]
         with self._lock:
             if self._asked is None:
                 states = [self._first_state(ordinal, j, q) for j, q in enumerate(questions)]
@@ -151,12 +172,39 @@ class Dialogue:
             asked = self._asked
         if self._returned or asked.ordinal != ordinal or asked.kinds != kinds:
             raise self._inconsistent()
+        if self._led(asked, self._first_to_ask(ordinal, questions, said, asked.states)):
+            return
         partials = [
             None if isinstance(state, Answered) else question.partial(state)
             for question, state in zip(questions, asked.states, strict=True)
         ]
         with self._lock:
             asked.fold(index, partials)
+
+    def _first_to_ask(
+        self,
+        ordinal: int,
+        questions: Sequence[Question],
+        said: Sequence[Said],
+        states: Sequence[Any],
+    ) -> Dialogue | None:
+        """Who asked the same of this block before."""
+        if not is_shared() or not all(one.whole for one in said):
+            return None
+        # Over the model, what has been asked before isn't in the key's own hands.
+        known = [s for q, s in zip(questions, states, strict=True) if q.over == "model"]
+        what = "asked", ordinal, *(one.kind for one in said), repr(known)
+        first = once(what, [x for one in said for x in one.tensors], lambda: self)
+        return None if first is self else first
+
+    def _led(self, asked: _Asked, first: Dialogue | None) -> bool:
+        """Does this round's dialogue follow another? The first block says, the others agree."""
+        with self._lock:
+            if not asked.begun:
+                asked.begun, self._leader = True, first
+        if first is not self._leader:
+            raise self._inconsistent()
+        return first is not None
 
     def _first_state(self, ordinal: int, place: int, question: Question) -> Any:
         if question.over == "model":
@@ -166,6 +214,10 @@ class Dialogue:
     # --- a sample, which may save rounds and never changes an answer
 
     def _note_sample(self, ordinal: int, questions: list[Question]) -> None:
+        said = [said_by(question) for question in questions]
+        self._leader = self._first_to_ask(ordinal, questions, said, [None] * len(questions))
+        if self._leader is not None:
+            return
         for j, question in enumerate(questions):
             if hasattr(question, "bracket") and question.over == "tensor":
                 counts = question.partial(None)
@@ -179,6 +231,7 @@ class Dialogue:
         for place, (question, counts) in self._sampled.items():
             self._hints[place] = question.bracket(counts)  # type: ignore[attr-defined]
         self._sampled.clear()
+        self._leader = None
 
     # --- the end of a round
 
@@ -188,17 +241,13 @@ class Dialogue:
         asked = self._asked
         if asked is None:
             return False
-        if asked.blocks < self._blocks:
+        if self._leader is not None:
+            self._take_over(asked, self._leader)
+        elif asked.blocks < self._blocks:
             raise self._inconsistent()
-        for j, (sample, state) in enumerate(zip(asked.samples, asked.states, strict=True)):
-            if isinstance(state, Answered):
-                continue
-            folded = asked.folded[j]
-            if sample.over == "model":
-                self.model_partials[self.step.node, asked.ordinal, j] = (sample.bare(), folded)
-            else:
-                said = sample.finish(folded, state)
-                asked.states[j] = said.state if isinstance(said, Again) else Answered(said)
+        else:
+            self._finish_each(asked)
+        self._leader = None
         asked.begin_again()
         if all(isinstance(state, Answered) for state in asked.states):
             self._answers[asked.ordinal] = [state.answer for state in asked.states]
@@ -208,6 +257,29 @@ class Dialogue:
             sample.over == "tensor" and not isinstance(state, Answered)
             for sample, state in zip(asked.samples, asked.states, strict=True)
         )
+
+    def _finish_each(self, asked: _Asked) -> None:
+        for j, (sample, state) in enumerate(zip(asked.samples, asked.states, strict=True)):
+            if isinstance(state, Answered):
+                continue
+            folded = asked.folded[j]
+            if sample.over == "model":
+                self.model_partials[self.step.node, asked.ordinal, j] = (sample.bare(), folded)
+            else:
+                said = sample.finish(folded, state)
+                asked.states[j] = said.state if isinstance(said, Again) else Answered(said)
+
+    def _take_over(self, asked: _Asked, leader: Dialogue) -> None:
+        """What the leader, which has finished its round, was told. If it was not, since its program
+        failed, nothing has changed, and this one asks for itself in the next round."""
+        said = leader._answers.get(asked.ordinal)
+        if said is not None:
+            asked.states = [Answered(answer) for answer in said]
+        elif leader._asked is not None:
+            asked.states = list(leader._asked.states)
+        for (_, ordinal, j), share in leader.model_partials.items():
+            if ordinal == asked.ordinal:
+                self.model_partials[self.step.node, ordinal, j] = deepcopy(share)
 
     def _inconsistent(self) -> MethodError:
         return MethodError(
@@ -221,11 +293,3 @@ class Dialogue:
             f"{self.step.method.name} yields what is no question for {self._key}: {wrong[0]}.",
             fix="yield dots(...), cutoff(...), total(...), largest(...) or a list of them",
         )
-
-
-def _kind(question: Question) -> Any:
-    """What is the same for every block: a question's type and its plain fields."""
-    bare: Any = question.bare()
-    found = {f.name: getattr(bare, f.name) for f in fields(bare)} if is_dataclass(bare) else {}
-    plain = {k: v for k, v in found.items() if isinstance(v, bool | int | float | str | tuple)}
-    return type(bare), plain

@@ -11,22 +11,23 @@ The same code serves eager merges, the in-process engine and the workers on a cl
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from distmerge.errors import DistmergeError, MethodError
-from distmerge.expressions.compute_pool import ComputePool
 from distmerge.expressions.dialogue import SAMPLE, UNKNOWN, Answered, Dialogue, Place
 from distmerge.expressions.program import Call, Compute, Program, Read, operands, raw_reads
 from distmerge.methods.blocks import Grid
 from distmerge.methods.operands import reads_raw
 from distmerge.methods.random import Draw
 from distmerge.methods.reductions import Question
+from distmerge.methods.sharing import is_plain, once
 
-__all__ = ["Answered", "Evaluation", "Place", "ReadBlock", "Span", "settle"]
+__all__ = ["Answered", "Evaluation", "Place", "ReadBlock", "Span"]
 
 Span = tuple[int, int]
 ReadBlock = Callable[[int, Span], Tensor]
@@ -116,6 +117,14 @@ class Evaluation:
         return None if result is UNKNOWN else result.reshape(-1)
 
     @property
+    def follows(self) -> bool:
+        """Is all that it asks in this round asked by other programs of the same blocks as well,
+        which look at them? To be asked once a block has been looked at."""
+        if self._gatherings or not any(d.follows for d in self._dialogues.values()):
+            return False
+        return all(d.follows or not d.asking for d in self._dialogues.values())
+
+    @property
     def samples(self) -> bool:
         """Is it worth while to look at a part of every block first?"""
         if self._gatherings or len(self._dialogues) != 1 or self.grid.elements < SAMPLE_FROM:
@@ -136,20 +145,46 @@ class Evaluation:
         values: list[Any] = []
         for place, step in enumerate(self.program.steps):
             if isinstance(step, Read):
-                found = read(step.leaf, span)
+                found = once(("read", step.leaf, span), (), partial(read, step.leaf, span))
                 if place not in self._raw or not reads_raw(found):
-                    found = found.to(device=self.device, dtype=self.compute_dtype)
+                    found = self._widened(found)
                 values.append(found)
-            elif isinstance(step, Compute):
-                values.append(_compute(step, values))
-            elif isinstance(step, Call):
-                values.append(self._call(place, step, index, span, values))
+            elif isinstance(step, Compute | Call):
+                values.append(self._step(place, step, index, span, values))
         return values[-1]
 
-    def _call(self, place: int, step: Call, index: int, span: Span, values: list[Any]) -> Any:
+    def _widened(self, found: Tensor) -> Tensor:
+        device, dtype = self.device, self.compute_dtype
+        return once(("widened", device, dtype), [found], lambda: found.to(device, dtype))
+
+    def _step(
+        self, place: int, step: Compute | Call, index: int, span: Span, values: list[Any]
+    ) -> Any:
+        """What a step makes of those before it; `UNKNOWN` if it needs answers not known yet."""
         found = [values[i] for i in operands(step)]
         if any(value is UNKNOWN for value in found):
             return UNKNOWN
+        make: Callable[[], Any]
+        if isinstance(step, Compute):
+            make = partial(_compute, step, values)
+        else:
+            make = partial(self._call, place, step, index, span, found)
+        if place == len(self.program.steps) - 1:
+            return make()  # each program's own
+        return once(self._same_step(step), found, make, unless=UNKNOWN)
+
+    def _same_step(self, step: Compute | Call) -> Hashable:
+        """What two steps have in common that make the same of the same operands."""
+        if isinstance(step, Compute):
+            return "compute", step.operator, step.left is None, step.right is None, step.number
+        if not is_plain(list(step.parameters.values())):
+            return object()  # that of nothing else
+        roles = tuple((name, len(places)) for name, places in step.inputs)
+        drawn = self.seed, step.node, step.key or self.program.key
+        given = repr(sorted(step.parameters.items()))
+        return "call", step.method, roles, step.base is None, step.base_index, given, drawn
+
+    def _call(self, place: int, step: Call, index: int, span: Span, found: list[Tensor]) -> Any:
         gathering = self._gatherings.get(place)
         if gathering is None:
             shape = self.grid.view(span, step.sees(self.grid.shape))
@@ -253,37 +288,8 @@ def _version(tensor: Tensor) -> int:
 def _compute(step: Compute, values: list[Any]) -> Any:
     left = step.number if step.left is None else values[step.left]
     right = step.number if step.right is None else values[step.right]
-    if left is UNKNOWN or right is UNKNOWN:
-        return UNKNOWN
     if step.operator == "+":
         return left + right
     if step.operator == "-":
         return left - right
     return left * right if step.operator == "*" else left / right
-
-
-def settle(
-    evaluations: Sequence[Evaluation], reads: Sequence[ReadBlock], pool: ComputePool
-) -> dict[int, Tensor]:
-    """Ask whatever the programs need to ask until their blocks have results.
-
-    Returns, by position among `evaluations`, the results of first blocks that were found on the
-    way. Evaluations that wait for answers about the whole model end with those questions in
-    their `model_partials`.
-    """
-    firsts: dict[int, Tensor] = {}
-    still = [i for i, e in enumerate(evaluations) if not e.direct and len(e.grid)]
-    sampling = [i for i in still if evaluations[i].samples]
-    pieces = [(i, b) for i in sampling for b in range(len(evaluations[i].grid))]
-    pool.map(lambda at: evaluations[at[0]].sample(at[1], reads[at[0]]), pieces)
-    for i in sampling:
-        evaluations[i].use_sample()
-    while still:
-        found = pool.map(lambda i: evaluations[i].block(0, reads[i]), still)
-        firsts.update({i: v for i, v in zip(still, found, strict=True) if v is not None})
-        asking = [i for i, value in zip(still, found, strict=True) if value is None]
-        rest = [(i, b) for i in asking for b in range(1, len(evaluations[i].grid))]
-        pool.map(lambda at: evaluations[at[0]].block(at[1], reads[at[0]]), rest)
-        progress = pool.map(lambda i: evaluations[i].advance(), asking)
-        still = [i for i, worth_while in zip(asking, progress, strict=True) if worth_while]
-    return firsts

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distmerge.methods.cutoff import NOTHING, Counts, Cut, Cutoff, keep_above, plain_threshold
+from distmerge.methods.cutoff import NOTHING, Cut, Cutoff, keep_above, plain_threshold
 from distmerge.methods.fusion import flat, fused_for
 from distmerge.methods.random import Draw
+from distmerge.methods.ranks import Counts
 from distmerge.methods.reductions import Again, Scope
 
 

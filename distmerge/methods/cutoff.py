@@ -22,9 +22,10 @@ from torch import Tensor
 
 from distmerge.methods.fusion import flat, fused_for
 from distmerge.methods.random import Draw
+from distmerge.methods.ranks import Counts, bucket_of, kept_count
 from distmerge.methods.reductions import Again, Scope
+from distmerge.methods.sharing import is_shared, once
 
-Counts = np.ndarray[Any, Any]
 Rule = Literal["largest", "nonzero", "outliers", "band"]
 """What passes: the largest, at least one; the largest that are not zero; the outliers above a
 band; the band and its outliers."""
@@ -123,12 +124,21 @@ class Cutoff:
         return torch.float32 if self.over == "model" else self.x.dtype
 
     def partial(self, state: _Prefix | _Bracket | None) -> Any:
+        if state is None:
+            return self._leading_bits()
         if isinstance(state, _Bracket):
             return self._inside(state)
-        level = state.level if state else 0
-        shift, width = _LEVELS[self.dtype][level]
-        above = shift + width if state else 8 * self.dtype.itemsize - 1
-        return self._histogram(shift, width, above, state.prefix if state else 0)
+        shift, width = _LEVELS[self.dtype][state.level]
+        return self._histogram(shift, width, shift + width, state.prefix)
+
+    def _leading_bits(self) -> Counts:
+        """The first histogram. It is the same for every share: shared blocks have it made once."""
+        shift, width = _LEVELS[self.dtype][0]
+        what = "leading bits", self.dtype, self.rule == "nonzero"
+        counts = once(
+            what, [self.x], lambda: self._histogram(shift, width, 8 * self.dtype.itemsize - 1, 0)
+        )
+        return counts.copy() if is_shared() else counts  # each is folded into others in place
 
     def _histogram(self, shift: int, width: int, prefix_shift: int, prefix: int) -> Counts:
         """Counts of `width` bits from `shift` on, where the bits from `prefix_shift` on equal
@@ -193,7 +203,7 @@ class Cutoff:
             if wanted == 0:
                 return NOTHING
             state = _Prefix(0, 0, wanted, 0)
-        bucket, above = _bucket(total, state.wanted - state.above)
+        bucket, above = bucket_of(total, state.wanted - state.above)
         above += state.above
         shift, width = _LEVELS[self.dtype][state.level]
         prefix = (state.prefix << width) | bucket
@@ -212,7 +222,7 @@ class Cutoff:
         else:
             if not 0 < wanted <= int(total.counts.sum()):
                 return Again(None)
-            bucket, above = _bucket(total.counts, wanted)
+            bucket, above = bucket_of(total.counts, wanted)
             bits, equal = state.low + bucket, int(total.counts[bucket])
         return self._cut(bits, (wanted - above) / equal)
 
@@ -229,8 +239,8 @@ class Cutoff:
         if self.dtype != torch.float32 or not 0.0 < share < 1.0:
             return None
         rank, margin = share * n, DEVIATIONS * math.sqrt(n * share * (1.0 - share)) + 1
-        low, _ = _bucket(sampled, min(n, math.ceil(rank + margin)))
-        high, _ = _bucket(sampled, max(1, math.floor(rank - margin)))
+        low, _ = bucket_of(sampled, min(n, math.ceil(rank + margin)))
+        high, _ = bucket_of(sampled, max(1, math.floor(rank - margin)))
         listed = int(sampled[low : high + 1].sum()) <= min(LISTED, n / 16)
         if high - low >= WIDEST and not listed:
             return None
@@ -240,21 +250,6 @@ class Cutoff:
 
     def bare(self) -> Cutoff:
         return replace(self, x=self.x.new_empty(0))
-
-
-def _bucket(counts: Counts, wanted: int) -> tuple[int, int]:
-    """The bucket that holds the `wanted`-th from the top, and how many lie above that bucket."""
-    from_top = np.cumsum(counts[::-1], dtype=np.int64)
-    place = int(np.searchsorted(from_top, wanted))
-    bucket = len(counts) - 1 - place
-    return bucket, int(from_top[place] - counts[bucket])
-
-
-def kept_count(keep: float, n: int) -> int:
-    """How many of `n` elements a density keeps: at least one, unless it is zero or less."""
-    if keep >= 1.0:
-        return n
-    return max(1, int(keep * n)) if keep > 0.0 and n else 0
 
 
 def cutoff(x: Tensor, *, keep: float, over: Scope = "tensor", nonzero: bool = False) -> Cutoff:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from distmerge.methods.fusion import flat, fused_loops
+from distmerge.methods.sharing import once
 
 Bits = np.ndarray[Any, Any]
 
@@ -45,7 +46,12 @@ def widened(x: Tensor) -> Tensor:
 
 
 def differences(models: Sequence[Tensor], base: Tensor) -> list[Tensor]:
-    """The task vectors, models minus base. They lie one behind the other in one tensor."""
+    """The task vectors, models minus base. They lie one behind the other in one tensor, and are not
+    to be written to: in a shared block others work on them as well."""
+    return list(once("differences", [base, *models], lambda: _differences(models, base)))
+
+
+def _differences(models: Sequence[Tensor], base: Tensor) -> list[Tensor]:
     loops = raw_loops(base, *models)
     if loops is None:
         base = widened(base)

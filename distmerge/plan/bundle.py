@@ -6,13 +6,14 @@ programs, shards, digest and receipts; what they share is the reading.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from distmerge.checkpoints.tensors import FileInfo, TensorInfo
 from distmerge.checkpoints.views import View
 from distmerge.errors import MemoryBudgetError
-from distmerge.expressions.program import Program, Read, Same, Scales
+from distmerge.expressions.program import Call, Compute, Program, Read, Same, Scales, Step, operands
+from distmerge.methods.blocks import Grid
 from distmerge.plan.memory import (
     WINDOW,
     WINDOWS,
@@ -60,11 +61,12 @@ def passes(
 ) -> tuple[tuple[tuple[int, ...], MemoryPlan], ...]:
     """Which plans are run together, by number, with a worker's memory: as few passes as it allows.
 
-    Plans that ask about the whole model stand alone: they read it several times.
+    Plans that ask about the whole model, which is read once more for each round, are run with their
+    like.
     """
     groups: dict[object, list[int]] = {}
     for i, plan in enumerate(plans):
-        groups.setdefault(i if plan.asks_model else _layout(plan), []).append(i)
+        groups.setdefault(_layout(plan), []).append(i)
     found = []
     for members in groups.values():
         for count in range(1, len(members) + 1):
@@ -81,8 +83,8 @@ def passes(
 
 
 def _layout(plan: Plan) -> object:
-    return tuple(
-        (unit.shard, tuple((t.program.key, t.shape, _copied(t)) for t in unit.tasks))
+    return plan.asks_model, tuple(
+        (unit.shard, tuple((t.program.key, t.shape, t.dtype, _copied(t)) for t in unit.tasks))
         for unit in plan.units
     )
 
@@ -92,19 +94,22 @@ def _copied(task: KeyTask) -> bool:
 
 
 def _memory(plans: Sequence[Plan], allowed: int, threads: int) -> MemoryPlan:
-    """What a worker needs that runs these together: the reads of all, one's blocks at a time, and
-    for each its windows, whole tensors and open questions."""
+    """What a worker needs that runs these together: the reads of all, one's blocks at a time with
+    what others will want of them, and for each its windows, whole tensors and open questions."""
     if len(plans) == 1:
         return plans[0].memory
-    needs, asked = [], 0
+    needs, asked, kept = [], 0, 0
     for units in zip(*(plan.units for plan in plans), strict=True):
         together, own = side_by_side(units)
         needs += [largest_need_of(unit.tasks) for unit in (together, *own)]
         for number in range(len(together.tasks)):
             tasks = [unit.tasks[number] for unit in own]
             asked = max(asked, sum(asked_bytes(t.program, t.shape, 8) for t in tasks))
+            kept = max(kept, kept_bytes(tasks))
+    largest = largest_need(needs)
     need = replace(
-        largest_need(needs),
+        largest,
+        block=largest.block + kept,
         gathered=sum(plan.memory.gathered for plan in plans),
         coding=sum(plan.memory.coding for plan in plans),
     )
@@ -119,6 +124,35 @@ def _memory(plans: Sequence[Plan], allowed: int, threads: int) -> MemoryPlan:
         sending=sending + windows + asked,
         group=max(plan.memory.group for plan in plans),
     )
+
+
+def kept_bytes(tasks: Sequence[KeyTask]) -> int:
+    """What is held of a block since several programs of one key may want it: see
+    `distmerge.methods.sharing`. Only programs that read the same share anything."""
+    together: dict[tuple[int, ...], set[tuple[object, int]]] = {}
+    for task in tasks:
+        made = together.setdefault(task.program.leaves, set())
+        steps: list[object] = []
+        for step in task.program.steps:
+            made.update(_made(step, steps))
+        made.discard((steps[-1], 1))  # each program's own
+    grid = Grid(tasks[0].shape)
+    most = max(sum(count for _, count in made) for made in together.values())
+    return most * min(grid.step, grid.elements) * max(task.item_size for task in tasks)
+
+
+def _made(step: Step, steps: list[object]) -> Iterator[tuple[object, int]]:
+    """What a step leaves behind, and how many blocks that is; `steps` are those before it."""
+    same: object = step
+    if isinstance(step, Compute):
+        left, right = (None if n is None else steps[n] for n in (step.left, step.right))
+        same = step.operator, step.number, left, right
+    elif isinstance(step, Call):
+        given = tuple(steps[n] for n in operands(step))
+        yield ("task vectors", given), len(given)
+        same = step.node, step.method.name, repr(step.parameters), given
+    steps.append(same)
+    yield same, 1
 
 
 def _numbers(unit: WorkUnit, shared: list[_Leaf]) -> dict[int, int]:

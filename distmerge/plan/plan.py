@@ -241,7 +241,7 @@ def _look(task: KeyTask) -> Hashable:
 def _need(task: KeyTask) -> Need:
     given = task.inputs.values()
     infos = [part.info for one in given for part in parts_of(one)]
-    itemsize = 8 if any(spec_of(one)[0] == "F64" for one in given) else 4
+    itemsize = task.item_size
     raw = sum(info.stop - info.start for info in infos)
     if isinstance(task.program.steps[0], Scales):
         return Need(0, 0, 0, 0, 0)

@@ -10,6 +10,7 @@ from torch import Tensor
 from distmerge.checkpoints.location import is_far
 from distmerge.checkpoints.tensors import FileInfo, TensorInfo
 from distmerge.checkpoints.views import View, stored_bytes
+from distmerge.expressions.alignment import spec_of
 from distmerge.expressions.program import Program
 
 Origin = tuple[int, int]
@@ -42,6 +43,11 @@ class KeyTask:
     """By leaf; a tensor where the leaf is a state dict in memory."""
     base: int | None
     """The leaf from which the share of lost deltas is counted."""
+
+    @property
+    def item_size(self) -> int:
+        """Bytes of an element in the arithmetic."""
+        return 8 if any(spec_of(given)[0] == "F64" for given in self.inputs.values()) else 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from distmerge.expressions.evaluate import Place
 from distmerge.expressions.model_questions import KeyPartials
 from distmerge.plan.work import WorkUnit
+from distmerge.run.bundle import Bundle, Outcome, ask_bundle, merge_bundle
 from distmerge.run.worker import OnBytes, Worker, WorkerSettings
 from distmerge.write.shard import Receipt
 
@@ -31,6 +32,14 @@ class Engine(Protocol):
         """Each unit's share in questions about the whole model, in the order of the units."""
         ...
 
+    def merge_together(self, bundles: Iterable[Bundle]) -> Iterator[Outcome]:
+        """What came of units of several plans, each input byte read once, as they finish."""
+        ...
+
+    def ask_together(self, bundles: Iterable[Bundle]) -> Iterator[Outcome]:
+        """As `ask`, for several plans."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -51,6 +60,16 @@ class LocalEngine:
         """One unit after the other."""
         for unit in units:
             yield self._worker.ask(unit, known)
+
+    def merge_together(self, bundles: Iterable[Bundle]) -> Iterator[Outcome]:
+        """One bundle after the other."""
+        for bundle in bundles:
+            yield merge_bundle(self._worker, bundle)
+
+    def ask_together(self, bundles: Iterable[Bundle]) -> Iterator[Outcome]:
+        """One bundle after the other."""
+        for bundle in bundles:
+            yield ask_bundle(self._worker, bundle)
 
     def close(self) -> None:
         """End the worker."""

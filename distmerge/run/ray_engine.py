@@ -9,7 +9,7 @@ No tensor passes through the driver or Ray's object store; units go out, receipt
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import cloudpickle
@@ -19,6 +19,7 @@ from distmerge.errors import RecipeError
 from distmerge.expressions.evaluate import Place
 from distmerge.expressions.model_questions import KeyPartials
 from distmerge.plan.work import Source, WorkUnit
+from distmerge.run.bundle import Bundle, Outcome
 from distmerge.run.events import Event, Listener, silent
 from distmerge.run.ray_actors import LOST, Actor, Roster, answer
 from distmerge.run.ray_cluster import described, fits_somewhere, join
@@ -69,16 +70,30 @@ class RayEngine:
         self, units: Sequence[WorkUnit], known: Mapping[Place, Any]
     ) -> Iterator[list[KeyPartials]]:
         """Shares in the units' order: floats are folded in key order, whoever was first."""
-        waiting: dict[int, list[KeyPartials]] = {}
+        return self._in_order("ask", units, known)
+
+    def merge_together(self, bundles: Iterable[Bundle]) -> Iterator[Outcome]:
+        """What came of bundles as they finish, on whichever actor."""
+        for _, outcome in self._map("merge_together", list(bundles), {}):
+            yield cloudpickle.loads(outcome)
+
+    def ask_together(self, bundles: Iterable[Bundle]) -> Iterator[Outcome]:
+        """In the bundles' order."""
+        return self._in_order("ask_together", list(bundles), {})
+
+    def _in_order(
+        self, job: str, units: Sequence[WorkUnit | Bundle], known: Mapping[Place, Any]
+    ) -> Iterator[Any]:
+        waiting: dict[int, Any] = {}
         order = [unit.index for unit in units]
-        for unit, share in self._map("ask", units, known):
+        for unit, share in self._map(job, units, known):
             waiting[unit.index] = cloudpickle.loads(share)
             while order and order[0] in waiting:
                 yield waiting.pop(order.pop(0))
 
     def _map(
-        self, job: str, units: Sequence[WorkUnit], known: Mapping[Place, Any]
-    ) -> Iterator[tuple[WorkUnit, Any]]:
+        self, job: str, units: Sequence[WorkUnit | Bundle], known: Mapping[Place, Any]
+    ) -> Iterator[tuple[Any, Any]]:
         """Units as they finish, and what came of them."""
         # Our own pickle: a user's functions, which workers can't import, travel by value in it.
         answers = ray.put(cloudpickle.dumps(dict(known)))
@@ -86,7 +101,7 @@ class RayEngine:
         todo = list(units)
         losses: dict[int, list[str]] = {}
         idle = list(self._roster.live)
-        running: dict[Any, tuple[Actor, WorkUnit]] = {}
+        running: dict[Any, tuple[Actor, WorkUnit | Bundle]] = {}
         meter = Meter(self._listener, self._roster.metrics)
         while todo or running:
             while pair := pairing(todo, idle, self._roster.live, losses):
@@ -139,11 +154,11 @@ class RayEngine:
 
 
 def pairing(
-    todo: Sequence[WorkUnit],
+    todo: Sequence[WorkUnit | Bundle],
     idle: Sequence[Actor],
     live: Sequence[Actor],
     losses: Mapping[int, Sequence[str]],
-) -> tuple[Actor, WorkUnit] | None:
+) -> tuple[Actor, WorkUnit | Bundle] | None:
     """Who shall run which unit next, if anyone: in the units' order, but not on a node where the
     unit lost a worker as long as there is a worker elsewhere."""
     for unit in todo:
@@ -155,5 +170,5 @@ def pairing(
     return None
 
 
-def _sources(units: Sequence[WorkUnit]) -> dict[tuple[str, str | None], Source]:
+def _sources(units: Sequence[WorkUnit | Bundle]) -> dict[tuple[str, str | None], Source]:
     return {(s.root, s.revision): s for unit in units for s in unit.sources.values() if s.files}

@@ -15,6 +15,7 @@ import ray
 from ray.exceptions import RayError
 
 from distmerge.plan.work import WorkUnit
+from distmerge.run.bundle import Bundle
 from distmerge.run.events import Event, Listener
 from distmerge.run.ray_actors import Actor
 from distmerge.run.ray_metrics import Metrics
@@ -32,7 +33,7 @@ STALL = 60.0
 class _Seen:
     """What is known of the unit that an actor runs."""
 
-    unit: WorkUnit
+    unit: WorkUnit | Bundle
     read: int
     written: int
     changed: float
@@ -56,7 +57,7 @@ class Meter:
         self._asked: dict[Any, Actor] = {}
         self._next = 0.0
 
-    def begin(self, actor: Actor, unit: WorkUnit) -> None:
+    def begin(self, actor: Actor, unit: WorkUnit | Bundle) -> None:
         """An actor has been handed a unit."""
         self._seen[actor] = _Seen(unit, 0, 0, self._clock())
 

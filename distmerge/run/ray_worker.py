@@ -8,7 +8,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import cloudpickle
 import ray
@@ -17,6 +17,7 @@ import torch
 from distmerge.plan.digest import FORMAT_VERSION, kernel_class
 from distmerge.plan.memory import bare_process, fitted
 from distmerge.plan.work import Source, WorkUnit
+from distmerge.run.bundle import Bundle, ask_bundle, merge_bundle
 from distmerge.run.ray_cluster import this_node
 from distmerge.run.ray_metrics import Metrics
 from distmerge.run.worker import Worker, WorkerSettings
@@ -80,6 +81,17 @@ class RayWorker:
         share = self._worker.ask(self._begin(unit), cloudpickle.loads(known))
         return bytes(cloudpickle.dumps(share)), self._so_far()
 
+    def merge_together(self, bundle: bytes, known: bytes) -> tuple[bytes, Moved]:
+        """See `merge_bundle`. Pickled, since errors among it may be a user's own."""
+        outcome = merge_bundle(self._worker, self._begin(bundle))
+        self._metrics.add("units", len(outcome.receipts), self._worker.settings.node)
+        return bytes(cloudpickle.dumps(outcome)), self._so_far()
+
+    def ask_together(self, bundle: bytes, known: bytes) -> tuple[bytes, Moved]:
+        """See `ask_bundle`."""
+        outcome = ask_bundle(self._worker, self._begin(bundle))
+        return bytes(cloudpickle.dumps(outcome)), self._so_far()
+
     @ray.method(concurrency_group="watch")
     def moved(self) -> Moved:
         """What the unit at hand has moved so far; answered while it runs."""
@@ -89,8 +101,8 @@ class RayWorker:
         with self._counting:
             return self._moved
 
-    def _begin(self, unit: bytes) -> WorkUnit:
-        begun: WorkUnit = cloudpickle.loads(unit)
+    def _begin(self, unit: bytes) -> Any:
+        begun: WorkUnit | Bundle = cloudpickle.loads(unit)
         with self._counting:
             self._moved = begun.index, 0, 0
         return begun

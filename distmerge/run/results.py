@@ -116,14 +116,14 @@ class BlockWriter:
     def write(self, items: Sequence[Item], produce: Produce, base: BaseBlock) -> int:
         """Produce and queue the blocks; the number of bytes."""
         written = 0
-        for task, run in itertools.groupby(items, self._coded):
+        for task, run in itertools.groupby(items, self.coded):
             if task is None:
                 written += self._write_blocks(list(run), produce, base)
             else:
                 written += self._write_codes(task, [block for _, block in run], produce)
         return written
 
-    def _coded(self, item: Item) -> int | None:
+    def coded(self, item: Item) -> int | None:
         """The task, if it is written in 8 bits."""
         return item[0] if self._tasks[item[0]].dtype == CODES else None
 
@@ -154,27 +154,25 @@ class BlockWriter:
 
     def _write_blocks(self, items: Sequence[Item], produce: Produce, base: BaseBlock) -> int:
         written = 0
-        for batch in self._batches(items):
+        for batch in self.batches(items):
             window = self._writer.buffer()
 
             def fill(placed: tuple[Item, int], window: Tensor = window) -> None:
                 (task, block), offset = placed
-                self._fill(
-                    window, offset, self._tasks[task], produce(task, block), base(task, block)
-                )
+                self.fill(window, offset, task, produce(task, block), base(task, block))
 
             self._pool.map(fill, batch)
-            nbytes = batch[-1][1] + self._bytes(batch[-1][0])
+            nbytes = batch[-1][1] + self.nbytes(batch[-1][0])
             self._writer.write(window, nbytes)
             written += nbytes
         return written
 
-    def _batches(self, items: Sequence[Item]) -> Iterator[list[tuple[Item, int]]]:
+    def batches(self, items: Sequence[Item]) -> Iterator[list[tuple[Item, int]]]:
         """Runs of blocks that fill a window, each with its offset in it."""
         batch: list[tuple[Item, int]] = []
         filled = 0
         for item in items:
-            size = self._bytes(item)
+            size = self.nbytes(item)
             if batch and filled + size > self._window:
                 yield batch
                 batch, filled = [], 0
@@ -183,14 +181,17 @@ class BlockWriter:
         if batch:
             yield batch
 
-    def _bytes(self, item: Item) -> int:
+    def nbytes(self, item: Item) -> int:
+        """Of a block in the output."""
         task = self._tasks[item[0]]
         start, stop = Grid(task.shape).span(item[1])
         return (stop - start) * DTYPE_BYTES[task.dtype]
 
-    def _fill(
-        self, window: Tensor, offset: int, task: KeyTask, value: Tensor, base: Tensor | None
+    def fill(
+        self, window: Tensor, offset: int, number: int, value: Tensor, base: Tensor | None
     ) -> None:
+        """Round a block of a task into a window."""
+        task = self._tasks[number]
         item = DTYPE_BYTES[task.dtype]
         dtype = TORCH_DTYPES[task.dtype]
         place = window[offset : offset + value.numel() * item]

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ from distmerge.errors import NonFiniteResult
 from distmerge.expressions.alignment import spec_of
 from distmerge.expressions.compute_pool import ComputePool
 from distmerge.expressions.eager import compute_dtype, differing_integers
-from distmerge.expressions.evaluate import Evaluation, Place, ReadBlock, Span, settle
+from distmerge.expressions.evaluate import Evaluation, Place, ReadBlock, Span
 from distmerge.expressions.model_questions import KeyPartials
 from distmerge.expressions.program import Read, Scales
+from distmerge.expressions.settle import InRounds, settle
 from distmerge.methods.blocks import Grid
 from distmerge.methods.reductions import Question
 from distmerge.plan.memory import WINDOW
@@ -65,7 +67,7 @@ class UnitRun:
         self._folded: dict[Place, tuple[Question, Any]] = {}
         self._by_key: list[KeyPartials] = []
         self._only_ask = writer is None
-        self._blocks = (
+        self.blocks = (
             BlockWriter(unit.tasks, writer, context.pool, self.tally, WINDOW) if writer else None
         )
 
@@ -121,7 +123,7 @@ class UnitRun:
 
     # --- merging
 
-    def evaluation(self, task: KeyTask) -> Evaluation:
+    def evaluation(self, task: KeyTask) -> Any:
         """A key's program, about to be run."""
         dtypes = [spec_of(given)[0] for given in task.inputs.values()]
         return Evaluation(
@@ -136,10 +138,18 @@ class UnitRun:
     def process(self, window: Window, fetched: Fetched) -> None:
         """Do what there is to be done with what has been read."""
         if window.streamed is None:
-            for tasks in batches(self.unit.tasks, window, self.context.gathered):
+            for tasks in batches(self._side_by_side, window, self.context.gathered):
                 self._process_group(tasks, fetched)
         elif not window.streamed.left:  # else it was read ahead of knowing
             self._process_stretch(window.tasks[0], window.blocks, window.streamed, fetched)
+        self._check_finite()
+
+    @property
+    def _side_by_side(self) -> Sequence[Sequence[KeyTask]]:
+        """The tasks of what is merged together."""
+        return [self.unit.tasks]
+
+    def _check_finite(self) -> None:
         if self.tally.non_finite and not self.context.allow_non_finite:
             raise NonFiniteResult(
                 f"The merge gives NaN or infinity in {', '.join(list(self.tally.non_finite)[:8])}.",
@@ -155,12 +165,12 @@ class UnitRun:
             [evaluations[i] for i in merged], [reads[i] for i in merged], self.context.pool
         )
         firsts = {merged[place]: value for place, value in found.items()}
-        if self._blocks is None:
+        if self._only_ask:
             for i in merged:
-                self._note(evaluations[i].model_partials)
+                self._note(evaluations[i])
             return
 
-        def produce(i: int, block: int) -> Tensor:
+        def produce(i: int, block: int) -> Any:
             if block == 0 and i in firsts:
                 return firsts.pop(i)
             return self._produce(i, block, evaluations.get(i), reads[i])
@@ -172,7 +182,7 @@ class UnitRun:
         """Some blocks of one key in one round; the round's first block tells whether it is the
         last round."""
         evaluation, read = streamed.evaluation, self._reader(i, fetched)
-        first: Tensor | None = None
+        first: Any = None
         if blocks[0] == 0:
             if evaluation is not None and not evaluation.direct:
                 first = self.context.pool.map(lambda b: evaluation.block(b, read), [0])[0]
@@ -180,11 +190,11 @@ class UnitRun:
         if not streamed.last_round:
             assert evaluation is not None
             self._ask(i, blocks, streamed, evaluation, read)
-        elif self._blocks is None:
+        elif self._only_ask:
             streamed.left = True
         else:
 
-            def produce(i: int, block: int) -> Tensor:
+            def produce(i: int, block: int) -> Any:
                 if block == 0 and first is not None:
                     return first
                 return self._produce(i, block, evaluation, read)
@@ -196,37 +206,35 @@ class UnitRun:
         i: int,
         blocks: range,
         streamed: Streamed,
-        evaluation: Evaluation,
+        evaluation: InRounds,
         read: ReadBlock,
     ) -> None:
         """Go on with a round that asks; its block 0 has been asked already."""
         self.context.pool.map(lambda b: evaluation.block(b, read), [b for b in blocks if b])
         if blocks[-1] == len(evaluation.grid) - 1 and not evaluation.advance():
-            self._note(evaluation.model_partials)
+            self._note(evaluation)
             streamed.left = True
 
-    def _note(self, partials: KeyPartials) -> None:
+    def _note(self, evaluation: Any) -> None:
         """Keep what a key has to say about the whole model. What folds to the same in any order
         is folded here: a histogram for every key would be more than the answers may weigh."""
         apart: dict[Place, tuple[Question, Any]] = {}
-        for place, (question, partial) in partials.items():
+        for place, (question, share) in evaluation.model_partials.items():
             if question.exact:
                 before = self._folded.get(place)
-                total = partial if before is None else question.merge(before[1], partial)
+                total = share if before is None else question.merge(before[1], share)
                 self._folded[place] = (question, total)
             else:
-                apart[place] = (question, partial)
+                apart[place] = (question, share)
         if apart:
             self._by_key.append(apart)
 
-    def _produce(
-        self, i: int, block: int, evaluation: Evaluation | None, read: ReadBlock
-    ) -> Tensor:
+    def _produce(self, i: int, block: int, evaluation: Any, read: ReadBlock) -> Any:
         task = self.unit.tasks[i]
         if isinstance(step := task.program.steps[0], Scales):
-            assert self._blocks is not None
+            assert self.blocks is not None
             start, stop = Grid(task.shape).span(block)
-            return self._blocks.scales(step.of).view(-1)[start:stop]
+            return self.blocks.scales(step.of).view(-1)[start:stop]
         if evaluation is None:
             return self._same(task, Grid(task.shape).span(block), read)
         if len(task.program.steps) == 1 and isinstance(task.program.steps[0], Read):
@@ -263,17 +271,18 @@ class UnitRun:
         return read
 
     def _write(
-        self, items: list[tuple[int, int]], produce: Callable[[int, int], Tensor], fetched: Fetched
+        self, items: list[tuple[int, int]], produce: Callable[[int, int], Any], fetched: Fetched
     ) -> None:
-        assert self._blocks is not None
+        assert self.blocks is not None
+        base = partial(self._base, fetched)
+        self.context.on_bytes(0, self.blocks.write(items, produce, base))
 
-        def base(i: int, block: int) -> Tensor | None:
-            task = self.unit.tasks[i]
-            if task.base is None or task.dtype not in ROUNDING:
-                return None
-            held, span = task.inputs[task.base], Grid(task.shape).span(block)
-            if isinstance(held, Unfilled) and span[1] > held.known * held.row:
-                return None
-            return self._reader(i, fetched)(task.base, span)
-
-        self.context.on_bytes(0, self._blocks.write(items, produce, base))
+    def _base(self, fetched: Fetched, i: int, block: int) -> Tensor | None:
+        """The base's elements, where lost deltas are to be counted."""
+        task = self.unit.tasks[i]
+        if task.base is None or task.dtype not in ROUNDING:
+            return None
+        held, span = task.inputs[task.base], Grid(task.shape).span(block)
+        if isinstance(held, Unfilled) and span[1] > held.known * held.row:
+            return None
+        return self._reader(i, fetched)(task.base, span)

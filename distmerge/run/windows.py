@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 from distmerge.checkpoints.tensors import TensorInfo
 from distmerge.checkpoints.views import View, fixed_bytes, parts_of
-from distmerge.expressions.alignment import spec_of
-from distmerge.expressions.evaluate import Evaluation
 from distmerge.expressions.program import Call, Same, Scales
+from distmerge.expressions.settle import InRounds
 from distmerge.methods.blocks import Grid
 from distmerge.plan.memory import (
     ASKING,
@@ -32,7 +31,7 @@ from distmerge.run.fetch import Wanted
 class Streamed:
     """A key on its way through the arena. Whoever merges the windows says how it goes on."""
 
-    evaluation: Evaluation | None
+    evaluation: InRounds | None
     """None where tensors are only compared and copied."""
     last_round: bool = False
     """Does this round compute the result?"""
@@ -53,7 +52,7 @@ class Window:
 def windows(
     tasks: Sequence[KeyTask],
     arena_size: int,
-    begin: Callable[[KeyTask], Evaluation],
+    begin: Callable[[KeyTask], InRounds],
     *,
     group: int,
     only_ask: bool,
@@ -90,7 +89,7 @@ def windows(
 
 
 def _rounds(
-    i: int, task: KeyTask, most: int, begin: Callable[[KeyTask], Evaluation]
+    i: int, task: KeyTask, most: int, begin: Callable[[KeyTask], InRounds]
 ) -> Iterator[Window]:
     grid = Grid(task.shape)
     fixed = sum(fixed_bytes(given) for given in task.inputs.values())
@@ -124,19 +123,24 @@ def wanted(tasks: Sequence[KeyTask], window: Window) -> list[Wanted]:
     return found
 
 
-def batches(tasks: Sequence[KeyTask], window: Window, gathered: int) -> Iterator[tuple[int, ...]]:
+def batches(
+    units: Sequence[Sequence[KeyTask]], window: Window, gathered: int
+) -> Iterator[tuple[int, ...]]:
     """A window's tasks in runs that are merged together: as many as keep what their open questions
     and gathered tensors hold within bounds, at least one.
 
+    units: the tasks of those that are merged side by side.
     gathered: bytes planned for methods that see whole tensors.
     """
     run: list[int] = []
     whole = asked = 0
     for i in window.tasks:
-        program, shape, itemsize = tasks[i].program, tasks[i].shape, item_size(tasks[i])
-        more_whole = gathered_bytes(program, shape, itemsize)
-        more_whole += made_bytes(tasks[i].inputs.values(), itemsize)
-        more_asked = asked_bytes(program, shape, itemsize)
+        more_whole = more_asked = 0
+        for tasks in units:
+            program, shape, itemsize = tasks[i].program, tasks[i].shape, tasks[i].item_size
+            more_whole += gathered_bytes(program, shape, itemsize)
+            more_whole += made_bytes(tasks[i].inputs.values(), itemsize)
+            more_asked += asked_bytes(program, shape, itemsize)
         if run and (whole + more_whole > gathered or asked + more_asked > ASKING):
             yield tuple(run)
             run, whole, asked = [], 0, 0
@@ -144,11 +148,6 @@ def batches(tasks: Sequence[KeyTask], window: Window, gathered: int) -> Iterator
         whole, asked = whole + more_whole, asked + more_asked
     if run:
         yield tuple(run)
-
-
-def item_size(task: KeyTask) -> int:
-    """Bytes of an element in the arithmetic."""
-    return 8 if any(spec_of(given)[0] == "F64" for given in task.inputs.values()) else 4
 
 
 def raw_bytes(task: KeyTask) -> int:

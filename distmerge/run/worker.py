@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +56,7 @@ class Worker:
         self._on_bytes = on_bytes or (lambda read, written: None)
         keep_freed_memory()
         self._arena = Arena(settings.memory.arena)
-        self._windows = [torch.empty(WINDOW, dtype=torch.uint8) for _ in range(WINDOWS)]
+        self._windows: list[list[torch.Tensor]] = []
         self._pool = ComputePool(settings.threads)
         self._prefetcher = ThreadPoolExecutor(1, "distmerge-prefetch")
         self._fetcher = Fetcher(self._arena, self.open)
@@ -79,7 +79,13 @@ class Worker:
 
     def writer(self, pending: PendingFile, header: bytes) -> ShardWriter:
         """Into a file; one at a time, since all use the same memory."""
-        return ShardWriter(pending, header, self._windows)
+        return ShardWriter(pending, header, self.windows(0))
+
+    def windows(self, number: int) -> Sequence[torch.Tensor]:
+        """Memory for a writer's output, kept from unit to unit; another for each number."""
+        while len(self._windows) <= number:
+            self._windows.append([torch.empty(WINDOW, dtype=torch.uint8) for _ in range(WINDOWS)])
+        return self._windows[number]
 
     def merge(self, unit: WorkUnit, known: Mapping[Place, Any]) -> Receipt:
         """Make one shard. Idempotent: twice, or on two machines at once, it leaves the same bytes.

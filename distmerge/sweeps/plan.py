@@ -211,8 +211,6 @@ def narrowed(decided: SweepPlan, numbers: Sequence[int], settings: MergeOptions)
 def _passes(
     plans: Sequence[Plan], settings: MergeOptions
 ) -> Sequence[tuple[tuple[int, ...], MemoryPlan]]:
-    if settings.engine != "local":
-        return [((i,), plan.memory) for i, plan in enumerate(plans)]
     return passes(plans, allowed=parse_size(settings.allowed_mem), threads=settings.threads)
 
 

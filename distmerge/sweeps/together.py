@@ -6,23 +6,54 @@ pass could not do. What it can't do is therefore no error here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from typing import Any
 
 from distmerge.checkpoints.store import OutputStore
 from distmerge.errors import DistmergeError
+from distmerge.expressions.evaluate import Place
+from distmerge.expressions.model_questions import KeyPartials, ModelQuestions
 from distmerge.plan.memory import MemoryPlan
 from distmerge.plan.plan import Plan
 from distmerge.run.allocator import give_back_freed_memory
-from distmerge.run.bundle import Member, run_side_by_side
+from distmerge.run.bundle import Bundle
+from distmerge.run.engine import Engine
 from distmerge.run.events import Event, Listener, told_bytes
-from distmerge.run.merge import check_place, make_way
+from distmerge.run.journal import load_answers, save_answers
+from distmerge.run.member import Candidate
+from distmerge.run.merge import check_place, make_way, open_engine
 from distmerge.run.options import MergeOptions
-from distmerge.run.worker import Worker, WorkerSettings
 from distmerge.write.lease import LeaseKeeper, lease
 from distmerge.write.output import open_output
 from distmerge.write.publish import look
 from distmerge.write.shard import read_receipt
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A candidate whose output this run holds, and has something to write there."""
+
+    plan: Plan
+    output: OutputStore
+    keeper: LeaseKeeper
+
+    def told(self, known: Mapping[Place, Any]) -> Candidate:
+        """What workers are told of it."""
+        request = self.plan.request
+        return Candidate(
+            self.plan.digest, self.output.root, request.seed, known, request.storage_options
+        )
+
+    def missing(self) -> set[int]:
+        """Numbers of the units whose shard isn't there, with its receipt."""
+        files, digest = self.output.list(), self.plan.digest
+        return {
+            number
+            for number, unit in enumerate(self.plan.units)
+            if read_receipt(self.output, files, digest, unit.shard, unit.path) is None
+        }
 
 
 def fill(
@@ -33,21 +64,26 @@ def fill(
     listener: Listener,
 ) -> None:
     """Write the shards that are missing at these places."""
-    held: list[tuple[Member, LeaseKeeper]] = []
     with ExitStack() as stack:
+        held = []
         for plan, place in zip(plans, places, strict=True):
             with suppress(DistmergeError):  # the merge of its own, which follows, tells
                 found = _begin(plan, place, settings, stack)
                 held += [found] if found else []
         if len(held) > 1:
-            _run([m for m, _ in held], [k for _, k in held], memory, settings, stack, listener)
-    held.clear()  # with the members' windows, which the next pass has anew
+            first = replace(held[0].plan, memory=memory)
+            out = held[0].output.root
+            engine = open_engine(first, settings, out, told_bytes(listener), listener)
+            stack.callback(engine.close)
+            try:
+                _run(held, engine, listener)
+            except DistmergeError as error:  # what all of them read: each is tried alone
+                text = f"One by one from here, since {error.headline}"
+                listener(Event("notice", {"text": text}))
     give_back_freed_memory()
 
 
-def _begin(
-    plan: Plan, place: str, settings: MergeOptions, stack: ExitStack
-) -> tuple[Member, LeaseKeeper] | None:
+def _begin(plan: Plan, place: str, settings: MergeOptions, stack: ExitStack) -> _Held | None:
     """Take hold of an output; None if nothing is to be done there."""
     output = open_output(place, plan.request.storage_options)
     output.begin(plan.digest)
@@ -61,7 +97,7 @@ def _begin(
         return None
     make_way(plan, output, published, settings)
     stack.callback(_clear, output, keeper)
-    return Member(plan, output), keeper
+    return _Held(plan, output, keeper)
 
 
 def _clear(output: OutputStore, keeper: LeaseKeeper) -> None:
@@ -70,52 +106,57 @@ def _clear(output: OutputStore, keeper: LeaseKeeper) -> None:
         output.remove_temporaries()
 
 
-def _run(
-    members: Sequence[Member],
-    keepers: Sequence[LeaseKeeper],
-    memory: MemoryPlan,
-    settings: MergeOptions,
-    stack: ExitStack,
-    listener: Listener,
-) -> None:
-    first = members[0]
-    worker_settings = WorkerSettings(
-        output=first.output.root,
-        digest=first.plan.digest,
-        memory=memory,
-        threads=settings.threads,
-        seed=first.plan.request.seed,
-        device=settings.device,
-        allow_non_finite=settings.allow_non_finite,
-        storage_options=first.plan.request.storage_options,
-    )
-    worker = Worker(worker_settings, told_bytes(listener))
-    stack.callback(worker.close)
-    total = sum(len(member.plan.units) for member in members)
-    done = 0
-    for number in range(len(first.plan.units)):
-        for member, keeper in zip(members, keepers, strict=True):
-            try:
-                keeper.check()
-            except DistmergeError as error:
-                member.error = error
-        todo = [m for m in members if m.error is None and not _has(m, number)]
-        done += len(members) - len(todo)
-        if not todo:
-            continue
-        try:
-            receipts = run_side_by_side(worker, todo, [m.plan.units[number] for m in todo])
-        except DistmergeError as error:  # what all of them read: each is tried alone
-            listener(Event("notice", {"text": f"One by one from here, since {error.headline}"}))
-            return
-        for receipt in receipts:
+def _run(held: Sequence[_Held], engine: Engine, listener: Listener) -> None:
+    """Answer what is asked about whole models, then merge, unit by unit."""
+    left = {one.plan.digest: one for one in held}
+    known = _answers(left, engine) if held[0].plan.asks_model else {}
+    missing = {digest: one.missing() for digest, one in left.items()}
+    total = sum(len(one.plan.units) for one in held)
+    done = total - sum(map(len, missing.values()))
+
+    def bundles() -> Iterator[Bundle]:
+        for number in range(len(held[0].plan.units)):
+            todo = [one for digest, one in left.items() if number in missing[digest]]
+            if todo:
+                yield _bundle(todo, number, known)
+
+    for outcome in engine.merge_together(bundles()):
+        for digest in outcome.failed:
+            left.pop(digest, None)
+        for one in list(left.values()):
+            with suppress(DistmergeError):
+                one.keeper.check()
+                continue
+            del left[one.plan.digest]
+        for receipt in outcome.receipts.values():
             done += 1
-            data = {"shard": receipt.shard, "done": done, "total": total}
-            listener(Event("unit", data))
+            listener(Event("unit", {"shard": receipt.shard, "done": done, "total": total}))
 
 
-def _has(member: Member, number: int) -> bool:
-    """Is a shard there, with its receipt?"""
-    unit, digest = member.plan.units[number], member.plan.digest
-    files = member.output.list()
-    return read_receipt(member.output, files, digest, unit.shard, unit.path) is not None
+def _bundle(todo: Sequence[_Held], number: int, known: Mapping[str, Mapping[Place, Any]]) -> Bundle:
+    told = tuple(one.told(known.get(one.plan.digest, {})) for one in todo)
+    return Bundle(told, tuple(one.plan.units[number] for one in todo))
+
+
+def _answers(left: dict[str, _Held], engine: Engine) -> dict[str, Mapping[Place, Any]]:
+    """Each plan's answers about the whole model, found together, and kept beside its receipts.
+    Who fails is left out."""
+    questions = {
+        digest: ModelQuestions(load_answers(one.output, digest)) for digest, one in left.items()
+    }
+    asking = [digest for digest, about in questions.items() if not about.known]
+    while asking:
+        known = {digest: questions[digest].known for digest in asking}
+        held = [left[digest] for digest in asking]
+        numbers = range(len(held[0].plan.units))
+        shares: dict[str, list[KeyPartials]] = {digest: [] for digest in asking}
+        for outcome in engine.ask_together(_bundle(held, n, known) for n in numbers):
+            for digest in outcome.failed:
+                left.pop(digest, None)
+            for digest, keys in outcome.partials.items():
+                shares[digest] += keys
+        for digest in asking:
+            if digest in left and not questions[digest].fold(shares[digest]):
+                save_answers(left[digest].output, digest, questions[digest].known)
+        asking = [d for d in asking if d in left and shares[d]]
+    return {digest: about.known for digest, about in questions.items()}

@@ -10,9 +10,10 @@ from methods.trees import apply, leaf, merge, merged, programs, subset, threads
 from distmerge.errors import DtypeMismatch, MethodError, ParameterError
 from distmerge.expressions.compute_pool import ComputePool, one_torch_thread
 from distmerge.expressions.eager import evaluate_eagerly
-from distmerge.expressions.evaluate import Answered, Evaluation, settle
+from distmerge.expressions.evaluate import Answered, Evaluation
 from distmerge.expressions.model_questions import ModelQuestions
 from distmerge.expressions.nodes import Binary
+from distmerge.expressions.settle import settle
 from distmerge.methods.cutoff import Cut, cutoff, keep_above
 from distmerge.methods.declare import layer_merge
 from distmerge.methods.reductions import dots, largest, total

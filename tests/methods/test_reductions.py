@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from methods.trees import plain_loops
 
-from distmerge.methods.cutoff import Cut, cutoff, keep_above, kept_count
+from distmerge.methods.cutoff import Cut, cutoff, keep_above
 from distmerge.methods.random import Draw
+from distmerge.methods.ranks import kept_count
 from distmerge.methods.reductions import Again, dots, largest, total
 
 FLOATS = {torch.float32: np.float32, torch.float64: np.float64}

@@ -128,7 +128,7 @@ def test_keys_that_ask_nothing_are_left_out_of_a_pass_that_asks():
 
 def test_batches_keep_open_questions_and_gathered_tensors_within_bounds():
     tasks = tasks_of([(63,)] * 100, 5)
-    runs = list(batches(tasks, Window(tuple(range(100))), gathered=0))
+    runs = list(batches([tasks], Window(tuple(range(100))), gathered=0))
     assert [i for run in runs for i in run] == list(range(100))
     assert max(map(len, runs)) * 5 * 512 * 1024 <= 16 * MiB
     assert min(map(len, runs[:-1])) > 1

@@ -108,22 +108,22 @@ def test_one_that_fails_is_dropped_and_the_pass_goes_on(family, tmp_path, reads)
 
 
 def test_a_sweep_that_was_stopped_goes_on_shard_by_shard(family, tmp_path, reads, monkeypatch):
-    from distmerge.sweeps import together
+    from distmerge.run import engine
 
     sweep = sweep_of(family, grid={"parameters.density": [0.2, 0.4, 0.6]})
     options = MergeOptions(workers=2, max_shard_size="9MB")
-    plain, ran = together.run_side_by_side, []
+    plain, ran = engine.merge_bundle, []
 
-    def stopping(worker, members, units):
+    def stopping(worker, bundle):
         if ran:
             raise KeyboardInterrupt
-        ran.append(units[0].shard)
-        return plain(worker, members, units)
+        ran.append(bundle.shard)
+        return plain(worker, bundle)
 
-    monkeypatch.setattr(together, "run_side_by_side", stopping)
+    monkeypatch.setattr(engine, "merge_bundle", stopping)
     with pytest.raises(KeyboardInterrupt):
         run_sweep(sweep, str(tmp_path / "out"), options)
-    monkeypatch.setattr(together, "run_side_by_side", plain)
+    monkeypatch.setattr(engine, "merge_bundle", plain)
     decided = plan_sweep(sweep, options)
     done = decided.plans[0].units[0].bytes_in
     reads.clear()

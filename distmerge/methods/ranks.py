@@ -1,0 +1,24 @@
+"""Which rank a density asks for, and in which bucket of a histogram it lies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+Counts = np.ndarray[Any, Any]
+
+
+def bucket_of(counts: Counts, wanted: int) -> tuple[int, int]:
+    """The bucket that holds the `wanted`-th from the top, and how many lie above that bucket."""
+    from_top = np.cumsum(counts[::-1], dtype=np.int64)
+    place = int(np.searchsorted(from_top, wanted))
+    bucket = len(counts) - 1 - place
+    return bucket, int(from_top[place] - counts[bucket])
+
+
+def kept_count(keep: float, n: int) -> int:
+    """How many of `n` elements a density keeps: at least one, unless it is zero or less."""
+    if keep >= 1.0:
+        return n
+    return max(1, int(keep * n)) if keep > 0.0 and n else 0
