@@ -31,8 +31,9 @@ from distmerge.sweeps.distances import distances
 from distmerge.sweeps.evaluation import Given
 from distmerge.write.local_output import LocalOutput
 
-_ONE_BY_ONE = threading.Lock()
-"""Merging takes all cores anyhow, and transformers loads under settings of the whole process."""
+_ONE_BY_ONE = threading.RLock()
+"""Merging takes all cores anyhow, and as much memory as is allowed; transformers loads under
+settings of the whole process."""
 
 
 class CandidateStateDict(LazyStateDict):
@@ -54,11 +55,13 @@ class CandidateStateDict(LazyStateDict):
 
     def collect(self, keys: Iterable[str] | None = None) -> StateDict:
         """Stream the tensors, all or those of `keys`, into memory: the merge's own part of that
-        stays within --allowed-mem. Raises as `LazyStateDict.collect`."""
+        stays within --allowed-mem, however many candidates are evaluated at a time. Raises as
+        `LazyStateDict.collect`."""
         wanted = None if keys is None else list(dict.fromkeys(keys))
         if wanted is not None:
             self._check_known(wanted)
-        found = collect(self._request, wanted, allowed_mem=self._allowed)
+        with _ONE_BY_ONE:
+            found = collect(self._request, wanted, allowed_mem=self._allowed)
         return StateDict(found if wanted is None else {key: found[key] for key in wanted})
 
     def _made(self, expression: Any, settings: Settings) -> Any:

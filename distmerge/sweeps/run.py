@@ -183,6 +183,7 @@ def _score(
         held.check()
         known.add(result)
         found[scored.number] = result
+        output.write_bytes(TABLE, as_csv([found[i] for i in sorted(found)]).encode())
         listener(Event("score", {**score_summary(result), "done": len(found)}))
     return [found[i] for i in range(len(decided.candidates))]
 

@@ -9,6 +9,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 import xml.etree.ElementTree
 from pathlib import Path
 
@@ -24,7 +26,9 @@ from sweeps.killing import kill_at_the_third_call
 
 import distmerge
 from distmerge.errors import MemoryBudgetError, RecipeError, SweepFailed, UnknownMethod
+from distmerge.run.collect import collect
 from distmerge.run.options import MergeOptions
+from distmerge.sweeps import candidates
 from distmerge.sweeps.definition import load_sweep
 from distmerge.sweeps.plan import plan_sweep
 
@@ -88,6 +92,43 @@ def test_scores_are_those_of_single_merges_and_only_the_best_are_written(recipe,
     assert [float(row["score"]) for row in rows] == [result.score for result in results]
     assert [row["written"] for row in rows] == [result.place or "" for result in results]
     assert [float(row["parameters.lambda"]) for row in rows] == SCALES
+
+
+def test_the_table_grows_with_each_score(recipe, tmp_path):
+    out, seen = tmp_path / "out", []
+
+    def look(state_dict):
+        table = out / "results.csv"
+        rows = list(csv.DictReader(table.open())) if table.exists() else []
+        seen.append([float(row["score"]) for row in rows])
+        return len(seen)
+
+    distmerge.sweep(recipe, str(out), evaluate=look, **OPTIONS)
+    assert seen == [[], [1.0], [1.0, 2.0]]
+
+
+def test_evaluated_at_once_candidates_are_merged_one_by_one(recipe, tmp_path, monkeypatch):
+    """Each merge may take all the memory that is allowed."""
+    together, merging, most = threading.Barrier(3, timeout=60), [], []
+
+    def counted(*args, **options):
+        merging.append(1)
+        most.append(len(merging))
+        time.sleep(0.1)
+        try:
+            return collect(*args, **options)
+        finally:
+            merging.pop()
+
+    def all_at_once(state_dict):
+        together.wait()
+        return judging.whole(state_dict)
+
+    monkeypatch.setattr(candidates, "collect", counted)
+    asked = {"function": all_at_once, "at_once": 3, "distances": False}
+    results = distmerge.sweep(recipe, str(tmp_path / "out"), evaluate=asked, **OPTIONS)
+    assert len(results) == len(most) == 3
+    assert max(most) == 1
 
 
 @pytest.mark.parametrize("given", ["state_dict", "model"])
