@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from distmerge.checkpoints.row_map import Matrix, Pairs, row_map
-from distmerge.checkpoints.spellings import EMBEDDING, OUTPUT, vocabulary
+from distmerge.checkpoints.spellings import EMBEDDING, OUTPUT, ties, vocabulary
 from distmerge.checkpoints.tensors import Checkpoint, TensorInfo
 from distmerge.checkpoints.views import View
 from distmerge.errors import CheckpointError, ShapeMismatch
@@ -60,10 +60,24 @@ def with_rows(
         ShapeMismatch: embeddings of different widths.
     """
     held = [embeddings_of(checkpoint) for checkpoint in checkpoints]
+    _add_tied_heads(checkpoints, held)
     return [
         _with_rows(i, checkpoints, held, rows[i], count - len(rows[i]))
         for i in range(len(checkpoints))
     ]
+
+
+def _add_tied_heads(checkpoints: Sequence[Checkpoint], held: Sequence[dict[str, Held]]) -> None:
+    """Where some models have a head of their own, give it to those that tie theirs: of tokens that
+    they lack they take rows of heads, not of embeddings."""
+    heads = [
+        key for own in held for key, one in own.items() if _output(key) and len(one.shape) == 2
+    ]
+    for checkpoint, own in zip(checkpoints, held, strict=True):
+        if heads and ties(checkpoint.config) and not any(map(_output, own)):
+            embedding = next((one for key, one in own.items() if EMBEDDING.search(key)), None)
+            if embedding is not None:
+                own[heads[0]] = embedding
 
 
 def _with_rows(

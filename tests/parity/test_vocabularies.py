@@ -33,6 +33,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "by token": {"source": "union", "tokens": TOKENS},
     "padded": {"source": "union", "pad_to_multiple_of": 64},
     "padded, ties": {"source": "union", "pad_to_multiple_of": 64},
+    "tied": {"source": "union"},
 }
 
 
@@ -40,10 +41,12 @@ SECTIONS: dict[str, dict[str, Any]] = {
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("models")
     added: dict[str, list[Any]] = {"prose": [], "law": [TURN], "code": ["<tool>", "<|turn|>"]}
-    return {
+    made = {
         name: save(folder / name, tokenizer(TEXTS[name], 290 + 10 * i, added[name]), i)
         for i, name in enumerate(WEIGHTS)
     }
+    made["tied"] = save(folder / "tied", tokenizer(TEXTS["code"], 300), 7, tied=True)
+    return made
 
 
 def job(name: str, places: dict[str, str]) -> Job:
@@ -54,11 +57,12 @@ def job(name: str, places: dict[str, str]) -> Job:
             return {key: placed(value) for key, value in given.items()}
         return places.get(given, given) if isinstance(given, str) else given
 
-    listed = [{"model": places[n], "parameters": {"weight": w}} for n, w in WEIGHTS.items()]
+    weights = {**WEIGHTS, **({"tied": 1.0} if name == "tied" else {})}
+    listed = [{"model": places[n], "parameters": {"weight": w}} for n, w in weights.items()]
     recipe: dict[str, Any] = {"merge_method": "linear", "models": listed}
     if name.endswith("ties"):
         recipe |= {"merge_method": "ties", "parameters": {"density": 0.6}}
-    recipe["base_model"] = places["prose"]
+    recipe["base_model"] = places["tied" if name == "tied" else "prose"]
     return Job(name, {**recipe, "dtype": "float32", "tokenizer": placed(SECTIONS[name])})
 
 

@@ -137,6 +137,24 @@ def test_embeddings_by_token_and_padding(models, tmp_path):
     assert words("the cat<new>")["input_ids"][-1] == new
 
 
+@pytest.mark.parametrize("first", ["tied", "law"])
+def test_a_tied_model_takes_rows_of_heads_for_its_head(models, tmp_path, first):
+    words = tokenizer(TEXTS["code"], 300)
+    places = {"tied": save(tmp_path / "tied", words, 7, tied=True), "law": models.places["law"]}
+    listed = [{"model": place, "parameters": {"weight": 0.5}} for place in places.values()]
+    fields = {"models": listed, "base_model": places[first], "tokenizer": {"source": "union"}}
+    distmerge.merge({"merge_method": "linear", "dtype": "float32", **fields}, str(tmp_path / "out"))
+    written, ids = tensors_at(tmp_path / "out"), vocabulary(tmp_path / "out")
+    names = sorted(places, key=first.__ne__)
+    tensors = {"law": models.tensors["law"], "tied": tensors_at(places["tied"])}
+    tensors["tied"][HEAD] = tensors["tied"][EMBED]
+    own = {"law": models.ids["law"], "tied": vocabulary(places["tied"])}
+    for key in (EMBED, HEAD):
+        found = aligned([tensors[n][key] for n in names], [own[n] for n in names], ids)
+        torch.testing.assert_close(written[key], (found[0] + found[1]) / 2)
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+
+
 def test_tokens_that_no_model_has_begin_at_zero_with_a_warning(tmp_path):
     words = tokenizer(TEXTS["prose"], 290, ["<late>"])
     base = save(tmp_path / "base", words, 1, rows=len(words) - 1)
