@@ -133,13 +133,14 @@ def plan_spool(
     told = f"{format_size(needed)} of inputs don't fit into the {format_size(limit)} of {folder}"
     if not scratch.asked:
         return f"by each candidate: {told} (--scratch DIR)"
-    raise OutputError(
-        f"The sweep's {told}.",
-        "what is free there counts, but for 1 GiB and for what is written there"
-        if scratch.size is None
-        else "--scratch-size says so",
-        fix="--scratch DIR with more room, or --scratch none to read them from the store again",
-    )
+    again = "or --scratch none to read them from the store again"
+    if scratch.size is None:
+        fact = "what is free there counts, but for 1 GiB and for what is written there"
+        raise OutputError(
+            f"The sweep's {told}.", fact, fix=f"--scratch DIR with more room, {again}"
+        )
+    enough = f"--scratch-size {-(-needed // 10**6)}MB"
+    raise OutputError(f"The sweep's {told}.", "--scratch-size says so", fix=f"{enough}, {again}")
 
 
 def open_spool(scratch: Scratch, out: str) -> Spool | None:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import signal
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -54,7 +55,7 @@ def folder(tmp_path) -> Path:
 def place(folder) -> Iterator[str]:
     """Of a spool with plenty of room."""
     place = str(folder / f"{spool.PREFIX}x")
-    with make(place, limit=10 * SIZE):
+    with make(place, limit=100 * SIZE):
         yield place
     remove(place)
 
@@ -135,6 +136,21 @@ def test_what_a_killed_process_left_is_used_where_it_is_whole(folder, place, cal
     times = fetched(folder)
     assert set(times[:1000]) == {0}
     assert set(times[1000:]) == {1}
+
+
+def test_reading_through_it_takes_no_memory(folder, place):
+    big = 16 << 20
+    with (folder / "model" / "weights").open("r+b") as file:
+        file.truncate(big)
+    buffer = memoryview(bytearray(big))
+    tracemalloc.start()
+    try:
+        for _ in range(2):
+            store = opened(folder, place)
+            store.read_into(store.files()["weights"], 0, buffer)
+        assert tracemalloc.get_traced_memory()[1] < big // 16
+    finally:
+        tracemalloc.stop()
 
 
 def test_another_version_of_a_file_is_another_file(folder, place):
