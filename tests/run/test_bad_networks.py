@@ -91,10 +91,12 @@ def test_passing_faults_change_nothing(source, local, tmp_path):
         (faults.Hang(2 * QUIET), 13),
         (faults.Unavailable(429), 15),
     ]
+    if not options:  # the Hub: signed addresses expire, and are asked for again
+        passing.append((faults.Unavailable(403), 17))
     proxy.rules += [Rule(fault, WEIGHTS, "GET", nth=n) for fault, n in passing]
     begin = time.monotonic()
     distmerge.merge(recipe(models), str(tmp_path / "out"), max_shard_size=SHARD, **options)
-    assert {type(fault) for fault in proxy.faults} == {type(fault) for fault, _ in passing}
+    assert set(proxy.faults) == {fault for fault, _ in passing}
     assert time.monotonic() - begin > 1  # which the server asked for
     assert weight_bytes(tmp_path / "out") == weight_bytes(local)
 
