@@ -16,6 +16,7 @@ same bytes in the same minute: the time below which nothing that reads and write
     link.py           the row that reads from S3 and the Hub over a long, narrow link
     clients.py        the row of two clients of S3, whose reads are in client_reads.py
     servers.py        the tests' servers, and that link: slow_link.py
+    sweep_local.py    the row that writes many candidates, against as many single merges
     sweep_link.py     the row that scores many candidates over such a link
     shapes.py         names and shapes of the models' tensors
     models.py         synthetic checkpoints: written once, then reused

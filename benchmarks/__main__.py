@@ -21,6 +21,7 @@ from benchmarks.recipes import WORKS
 from benchmarks.results import Ledger, Measured, Result, Skipped, load_average
 from benchmarks.scaling import scaling_row
 from benchmarks.sweep_link import sweep_link_row
+from benchmarks.sweep_local import sweep_row
 from benchmarks.table import markdown, plot
 from benchmarks.tools import CommandFailed
 
@@ -40,6 +41,7 @@ ROWS: dict[str, Row] = {
     "scaling": scaling_row,
     "link": link_row,
     "clients": clients_row,
+    "sweep": sweep_row,
     "sweep-link": sweep_link_row,
 }
 """In the order of the tables."""
