@@ -57,7 +57,6 @@ class BundleRun(UnitRun):
             for m, unit, writer in itertools.zip_longest(members, own, self.writers)
         ]
         self._places = {id(task): i for i, task in enumerate(self.unit.tasks)}
-        self._outputs = None if only_ask else _Outputs(self)
 
     @property
     def _side_by_side(self) -> Sequence[Sequence[KeyTask]]:
@@ -130,8 +129,8 @@ class BundleRun(UnitRun):
         return self.runs[number]._base(fetched, i, block)
 
     def _write(self, items: list[Item], produce: Produce, fetched: Fetched) -> None:
-        assert self._outputs is not None
-        self.context.on_bytes(0, self._outputs.write(items, produce, fetched))
+        # Not kept: a cycle of the two would hold on to the windows until it is collected.
+        self.context.on_bytes(0, _Outputs(self).write(items, produce, fetched))
 
     def finish(self) -> dict[str, Receipt]:
         """Make the shards of the members that did not fail visible."""

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from distmerge.checkpoints.store import OutputStore
-from distmerge.errors import DistmergeError
+from distmerge.errors import DistmergeError, MemoryBudgetError
 from distmerge.expressions.evaluate import Place
 from distmerge.expressions.model_questions import KeyPartials, ModelQuestions
-from distmerge.plan.memory import MemoryPlan
+from distmerge.plan.memory import MemoryPlan, bare_process, fitted
 from distmerge.plan.plan import Plan
 from distmerge.run.allocator import give_back_freed_memory
 from distmerge.run.bundle import Bundle
@@ -71,6 +71,8 @@ def fill(
                 found = _begin(plan, place, settings, stack)
                 held += [found] if found else []
         if len(held) > 1:
+            with suppress(MemoryBudgetError):  # passes before this one may have left something
+                memory = fitted(memory, bare_process())
             first = replace(held[0].plan, memory=memory)
             out = held[0].output.root
             engine = open_engine(first, settings, out, told_bytes(listener), listener)
