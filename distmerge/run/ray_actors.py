@@ -33,6 +33,7 @@ QUEUED = 64
 LOST = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
 
 
+_STARTING = "a worker that started"
 _REMOTE: Any = ray.remote  # its types know no groups
 _WORKER = _REMOTE(concurrency_groups={"watch": 1})(RayWorker)
 
@@ -94,7 +95,7 @@ class Roster:
             said: Greeting = answer(hello)
         except LOST as error:
             self._false_starts.append("on its way")
-            self.note_loss("a worker that started", self._false_starts, error)
+            self.note_loss(_STARTING, self._false_starts, error)
             return []
         _check(said, self._kernel)
         self._false_starts.clear()
@@ -116,10 +117,11 @@ class Roster:
         """
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["it died"]
         if len(places) >= ATTEMPTS:
+            starts = what == _STARTING
             memory = self._settings.memory
+            lost = f"{what} lost its worker {len(places)} times.", f"on {', '.join(places)}"
             raise WorkerLost(
-                f"{what} lost its worker {len(places)} times.",
-                f"on {', '.join(places)}",
+                *((f"{len(places)} workers in a row died as they started.",) if starts else lost),
                 *dict.fromkeys((lines[0], lines[-1])),
                 f"a worker may use {memory.allowed / 2**30:.1f} GiB, "
                 f"planned {memory.projected / 2**30:.1f} GiB",

@@ -301,6 +301,28 @@ Fix: install the same distmerge, torch and Python on every node$""",
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
+def test_workers_that_ray_kills_for_want_of_memory_end_the_run_with_the_numbers(slowly, tmp_path):
+    # A node whose memory counts as full from its first byte: Ray kills what runs there.
+    full = RayNodes(
+        1, {"RAY_memory_usage_threshold": "0.0", "RAY_memory_monitor_refresh_ms": "100"}
+    )
+    try:
+        never_ends, _ = held(slowly, tmp_path)
+        driver = Driver(full, never_ends, tmp_path / "out", *small(1))
+        said = driver.failed()
+    finally:
+        full.stop()
+    assert driver.process.returncode == 2, said
+    # Whether they are killed before they have a unit or with it is a matter of moments.
+    assert re.search(r"(3 workers in a row died as they started|lost its worker 3 times)\.\n", said)
+    reasons = [event["reason"] for event in driver.of("retry")]
+    assert len(reasons) >= 2
+    assert all("running low on memory" in reason for reason in reasons), reasons
+    assert re.search(r"a worker may use 2\.0 GiB, planned \d\.\d GiB", said), said
+    assert "Fix: look at Ray's logs of that node; a smaller --allowed-mem" in said
+    assert not list((tmp_path / "out").glob("*.index.json"))
+
+
 def test_a_cluster_that_asks_for_a_token_lets_in_who_has_it(many, tmp_path):
     token = f"planted-{secrets.token_hex(24)}"
     mode = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}

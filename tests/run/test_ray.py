@@ -23,6 +23,7 @@ from distmerge.errors import MethodError, WorkerLost
 from distmerge.run.events import Event
 from distmerge.run.merge import plan
 from distmerge.run.ray_actors import QUEUED, Actor, Roster
+from distmerge.run.ray_cluster import asked_for, described, fits_somewhere
 from distmerge.run.ray_engine import RayEngine, pairing
 from distmerge.run.ray_meter import LOOK, STALL, Meter
 from distmerge.run.ray_metrics import Metrics
@@ -311,6 +312,17 @@ def test_what_a_busy_worker_moves_is_told_once_and_a_stall_too(models):
     asked = len(watched.events)
     watched.meter.look()
     assert len(watched.events) == asked, "nobody is busy"
+
+
+@pytest.mark.parametrize(("device", "more"), [("cpu", {}), ("cuda", {"GPU": 1.0})])
+def test_a_worker_asks_for_its_threads_its_planned_memory_and_a_gpu(models, device, more):
+    what = distmerge.soup([distmerge.open(model) for model in models])
+    memory = plan(what, engine="ray", max_shard_size=SMALL).memory
+    settings = WorkerSettings("out", "d", memory, threads=1, seed=0, device=device)
+    asked = asked_for(settings)
+    assert asked == {"CPU": 1, "memory": memory.projected, **more}
+    assert fits_somewhere(asked) is (device == "cpu"), "there is no GPU on this cluster"
+    assert ("1 GPU" in described(asked)) is (device == "cuda")
 
 
 def test_workers_that_wait_for_room_are_sent_away_when_there_is_no_work_for_them(models):
