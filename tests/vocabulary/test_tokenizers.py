@@ -17,6 +17,7 @@ from vocabulary.models import TEXTS, aligned, save, tokenizer, vocabulary
 import distmerge
 from distmerge.errors import CheckpointNotFound, RecipeError, ShapeMismatch
 from distmerge.expressions.recipe import load_recipe
+from distmerge.plan.explain import to_json
 from distmerge.run.merge import plan
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -153,6 +154,15 @@ def test_a_tied_model_takes_rows_of_heads_for_its_head(models, tmp_path, first):
         found = aligned([tensors[n][key] for n in names], [own[n] for n in names], ids)
         torch.testing.assert_close(written[key], (found[0] + found[1]) / 2)
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_explain_tells_of_padding(models):
+    asked = {"source": "union", "pad_to_multiple_of": 64}
+    told = to_json(plan(recipe(models.places, tokenizer=asked)), EMBED)["tensors"][EMBED]
+    assert told["from"]["method"] == "linear"
+    made = [one["made"] for one in told["from"]["of"]]
+    assert len(made) == 3
+    assert all(text.endswith("padded with the mean of its rows") for text in made)
 
 
 def test_tokens_that_no_model_has_begin_at_zero_with_a_warning(tmp_path):
