@@ -37,10 +37,14 @@ class RayHead:
         """Ray's own folder: logs, jobs' files. Sockets are in there, whose names must be short."""
         self.url = f"http://127.0.0.1:{_free_port()}"
         self.metrics_url = f"http://127.0.0.1:{_free_port()}/metrics"
+        self._agent_port = _free_port()
+        """Where jobs are handed on to. Left alone it is the same for every Ray on a machine: the
+        second one's agent lives without it, and no job is taken."""
 
     def __enter__(self) -> Self:
         dashboard, metrics = (u.split(":")[2].split("/")[0] for u in (self.url, self.metrics_url))
         options = ["--port=0", f"--dashboard-port={dashboard}", f"--metrics-export-port={metrics}"]
+        options += [f"--dashboard-agent-listen-port={self._agent_port}"]
         options += [f"--num-cpus={self._cores}", f"--object-store-memory={80 << 20}"]
         self._process = subprocess.Popen(
             [*_RAY, "start", "--head", "--block", f"--temp-dir={self.sessions}", *options],
@@ -62,6 +66,7 @@ class RayHead:
             try:
                 self.get("/api/jobs/")
                 self.metrics("any")  # which its agent tells, a process of its own
+                socket.create_connection(("127.0.0.1", self._agent_port), 1).close()
                 return
             except OSError:
                 assert self._process.poll() is None, "the head ended"
