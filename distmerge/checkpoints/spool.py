@@ -112,7 +112,7 @@ def make(place: str, *, limit: int, wanted: Collection[str] | None = None) -> Te
     """
     folder = folder_of(place)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder)
+    remove_abandoned(folder.parent, but=folder)
     lock = _enter(folder)
     try:
         same = _about(folder).get("boot") == boot_id() is not None
@@ -198,10 +198,14 @@ def _enter(folder: Path) -> TextIOWrapper:
             lock.close()
 
 
-def _remove_abandoned(own: Path) -> None:
-    """Spools of this machine beside ours that no run uses any more."""
-    for folder in own.parent.glob(f"{PREFIX}*-{platform.node()}"):
-        if folder != own and _is_ours(folder):
+def remove_abandoned(parent: Path, *, but: Path | None = None) -> int:
+    """Remove spools of this machine in a folder, `but` apart, that no run uses any more; how many
+    they were."""
+    count = 0
+    for folder in parent.glob(f"{PREFIX}*-{platform.node()}"):
+        if folder != but and _is_ours(folder):
             with suppress(OSError), (folder / _LOCK).open("r+") as lock:
                 if try_alone(lock):
                     shutil.rmtree(folder, ignore_errors=True)
+                    count += 1
+    return count

@@ -136,8 +136,8 @@ def clean(
 ) -> None:
     """Remove what killed merges left behind.
 
-    Receipts, shards without an index, temporary files, unfinished uploads, working branches. What
-    is published stays. Refuses while a merge is running there.
+    Receipts, shards without an index, temporary files, unfinished uploads, working branches, inputs
+    that a sweep kept there. What is published stays. Refuses while a merge is running there.
     """
     from distmerge.write.clean import clean as remove
 

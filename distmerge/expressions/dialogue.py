@@ -104,6 +104,8 @@ class Dialogue:
         self._returned = False
         self._leader: Dialogue | None = None
         """Who asks what this one asks, until that is answered."""
+        self.broken_off = False
+        """Has its program failed? Who follows it asks for itself, from the next round on."""
 
     @property
     def asking(self) -> bool:
@@ -202,6 +204,8 @@ class Dialogue:
         with self._lock:
             if not asked.begun:
                 asked.begun, self._leader = True, first
+        if self._leader is not None and self._leader.broken_off:
+            return True  # whoever else is the first now has not seen all blocks
         if first is not self._leader:
             raise self._inconsistent()
         return first is not None
@@ -241,6 +245,10 @@ class Dialogue:
         asked = self._asked
         if asked is None:
             return False
+        if self._leader is not None and self._leader.broken_off:
+            self._leader = None
+            asked.begin_again()
+            return True
         if self._leader is not None:
             self._take_over(asked, self._leader)
         elif asked.blocks < self._blocks:
@@ -253,10 +261,8 @@ class Dialogue:
             self._answers[asked.ordinal] = [state.answer for state in asked.states]
             self._asked = None
             return True
-        return any(
-            sample.over == "tensor" and not isinstance(state, Answered)
-            for sample, state in zip(asked.samples, asked.states, strict=True)
-        )
+        each = zip(asked.samples, asked.states, strict=True)
+        return any(q.over == "tensor" and not isinstance(s, Answered) for q, s in each)
 
     def _finish_each(self, asked: _Asked) -> None:
         for j, (sample, state) in enumerate(zip(asked.samples, asked.states, strict=True)):
@@ -270,8 +276,7 @@ class Dialogue:
                 asked.states[j] = said.state if isinstance(said, Again) else Answered(said)
 
     def _take_over(self, asked: _Asked, leader: Dialogue) -> None:
-        """What the leader, which has finished its round, was told. If it was not, since its program
-        failed, nothing has changed, and this one asks for itself in the next round."""
+        """What the leader, which has finished its round, was told."""
         said = leader._answers.get(asked.ordinal)
         if said is not None:
             asked.states = [Answered(answer) for answer in said]

@@ -101,6 +101,11 @@ class Evaluation:
         """What this key has to say to open questions about the whole model."""
         return {k: v for d in self._dialogues.values() for k, v in d.model_partials.items()}
 
+    def break_off(self) -> None:
+        """It has failed: nobody is to wait for its answers."""
+        for dialogue in self._dialogues.values():
+            dialogue.broken_off = True
+
     def _gathers(self, step: Call) -> bool:
         """Must this method see the whole tensor although it has several blocks?"""
         return not self.grid.streams(step.sees(self.grid.shape))
@@ -176,7 +181,8 @@ class Evaluation:
     def _same_step(self, step: Compute | Call) -> Hashable:
         """What two steps have in common that make the same of the same operands."""
         if isinstance(step, Compute):
-            return "compute", step.operator, step.left is None, step.right is None, step.number
+            number = repr(step.number)  # 0.0 equals -0.0
+            return "compute", step.operator, step.left is None, step.right is None, number
         if not is_plain(list(step.parameters.values())):
             return object()  # that of nothing else
         roles = tuple((name, len(places)) for name, places in step.inputs)
@@ -280,8 +286,7 @@ class Evaluation:
 
 
 def _version(tensor: Tensor) -> int:
-    """Goes up when the tensor is written to. Inference tensors keep no count, but can't be
-    written to here."""
+    """Goes up when the tensor is written to, as inference tensors, without a count, can't be."""
     return 0 if tensor.is_inference() else tensor._version
 
 

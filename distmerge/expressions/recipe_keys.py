@@ -27,12 +27,15 @@ from distmerge.expressions.recipe_words import (
     NOT_WITH_FORMULAS,
     REFERENCE_KEYS,
     SLICE_KEYS,
+    SWEPT,
     TASK_VECTOR_METHODS,
     TOP_KEYS,
 )
 from distmerge.expressions.yaml_lines import KeyPath
 from distmerge.methods.method import MergeMethod, unknown_parameter
 from distmerge.methods.registry import find_method, method_names
+
+FOR_SWEEPS = "use 'distmerge sweep'"
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ def check_formula_keys(document: Document, used: Collection[str]) -> list[Ignore
         if key not in FORMULA_KEYS and key not in NOT_WITH_FORMULAS:
             near = difflib.get_close_matches(key, sorted(FORMULA_KEYS), 1)
             fix = f"write {near[0]!r}" if near else "leave it out"
+            fix = FOR_SWEEPS if key in SWEPT else fix
             found.append(Ignored((key,), f"{where}: {key!r} is ignored here; {fix}.", fix))
     found += tokenizer_keys(document)
     models = data.get("models")
@@ -184,6 +188,8 @@ def _check_level(
 
 def _place(key: str, path: KeyPath, known: frozenset[str], method: MergeMethod) -> str:
     """Where a key should stand, or what it may have been meant to be."""
+    if not path and key in SWEPT:
+        return FOR_SWEEPS
     if path and key in TOP_KEYS:
         return "move it to the top level"
     if key in method.parameters or key in LANGUAGE_PARAMETERS:

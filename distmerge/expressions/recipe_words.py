@@ -27,6 +27,11 @@ NOT_WITH_FORMULAS = {
     "passthrough": "write passthrough=[...] in the formula",
 }
 """What a formula says itself, and how."""
+SPACE_KEYS = ("combinations", "grid", "zip", "list", "sample", "exclude")
+"""What a sweep tries, each a key beside the recipe's own."""
+EVALUATION_KEYS = ("evaluate", "keep")
+"""How a sweep tells its candidates apart."""
+SWEPT = frozenset({*SPACE_KEYS, *EVALUATION_KEYS})
 MODEL_KEYS = frozenset({"model", "parameters", "rename"})
 SLICE_KEYS = frozenset({"sources", "base_model", "parameters"})
 MODULE_KEYS = frozenset({"models", "slices", "parameters"})

@@ -105,5 +105,6 @@ class SideBySide:
         try:
             return call(*given)
         except DistmergeError as error:
+            self.members[number].break_off()
             self._failed(number, error)
             return None

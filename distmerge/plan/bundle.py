@@ -133,9 +133,10 @@ def kept_bytes(tasks: Sequence[KeyTask]) -> int:
     for task in tasks:
         made = together.setdefault(task.program.leaves, set())
         steps: list[object] = []
-        for step in task.program.steps:
-            made.update(_made(step, steps))
-        made.discard((steps[-1], 1))  # each program's own
+        last = len(task.program.steps) - 1
+        for number, step in enumerate(task.program.steps):
+            left = list(_made(step, steps))
+            made.update(left if number < last else left[:-1])  # a result is each program's own
     grid = Grid(tasks[0].shape)
     most = max(sum(count for _, count in made) for made in together.values())
     return most * min(grid.step, grid.elements) * max(task.item_size for task in tasks)
@@ -146,7 +147,7 @@ def _made(step: Step, steps: list[object]) -> Iterator[tuple[object, int]]:
     same: object = step
     if isinstance(step, Compute):
         left, right = (None if n is None else steps[n] for n in (step.left, step.right))
-        same = step.operator, step.number, left, right
+        same = step.operator, repr(step.number), left, right
     elif isinstance(step, Call):
         given = tuple(steps[n] for n in operands(step))
         yield ("task vectors", given), len(given)

@@ -6,6 +6,7 @@ A member that fails is dropped, and the others go on.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,23 +63,32 @@ def merge_bundle(worker: Worker, bundle: Bundle) -> Outcome:
     Raises what reading raises: then none of them has any.
     """
     members = [Member(one, worker.windows(n)) for n, one in enumerate(bundle.candidates)]
-    run = BundleRun(members, bundle.units, worker.unit_context({}), only_ask=False)
-    try:
-        with one_torch_thread():
-            run.run()
-        receipts = run.finish()
-    except BaseException:
-        for writer in run.writers:
-            writer.discard()
-        raise
-    run.discard()
+    with ExitStack() as undo:
+        open_ones = [at for at in zip(members, bundle.units, strict=True) if _opened(*at, undo)]
+        receipts: dict[str, Receipt] = {}
+        if open_ones:
+            writing, units = zip(*open_ones, strict=True)
+            run = BundleRun(writing, units, worker.unit_context({}))
+            with one_torch_thread():
+                run.run()
+            receipts = run.finish()
     return Outcome(receipts, {m.told.digest: m.error for m in members if m.error is not None})
+
+
+def _opened(member: Member, unit: WorkUnit, undo: ExitStack) -> bool:
+    """Can it write? What it then leaves unfinished is discarded by `undo`."""
+    undo.callback(member.discard)
+    try:
+        member.open(unit)
+    except DistmergeError as error:
+        member.error = error
+    return member.error is None
 
 
 def ask_bundle(worker: Worker, bundle: Bundle) -> Outcome:
     """What each candidate's keys have to say to open questions about the whole model."""
     members = [Member(one, ()) for one in bundle.candidates]
-    run = BundleRun(members, bundle.units, worker.unit_context({}), only_ask=True)
+    run = BundleRun(members, bundle.units, worker.unit_context({}))
     with one_torch_thread():
         run.run()
     shares = {m.told.digest: own.model_partials for m, own in zip(members, run.runs, strict=True)}

@@ -40,19 +40,18 @@ class BundleRun(UnitRun):
         members: Sequence[Member],
         units: Sequence[WorkUnit],
         context: UnitContext,
-        *,
-        only_ask: bool,
     ) -> None:
+        """Members that have opened no writer only ask."""
         together, own = side_by_side(units)
         super().__init__(together, context, None)
-        self._only_ask = only_ask
         self.members = members
-        self.writers = [] if only_ask else [m.writer(u) for m, u in zip(members, own, strict=True)]
+        self.writers = [member.writer for member in members if member.writer is not None]
+        self._only_ask = not self.writers
         self.runs = [
             UnitRun(
                 unit,
                 replace(context, seed=m.told.seed, model_answers=m.told.known),
-                None if only_ask else writer,
+                writer,
             )
             for m, unit, writer in itertools.zip_longest(members, own, self.writers)
         ]
@@ -136,17 +135,10 @@ class BundleRun(UnitRun):
         """Make the shards of the members that did not fail visible."""
         found = {}
         for number, (member, run) in enumerate(zip(self.members, self.runs, strict=True)):
-            writer = self.writers[number]
-            receipt = self.guarded(number, member.receive, run, writer, self.bytes_read)
+            receipt = self.guarded(number, member.receive, run, self.bytes_read)
             if receipt is not None:
                 found[member.told.digest] = receipt
         return found
-
-    def discard(self) -> None:
-        """Leave nothing of what is not finished."""
-        for number, writer in enumerate(self.writers):
-            if self.is_out(number):
-                writer.discard()
 
 
 class _Outputs:

@@ -38,6 +38,8 @@ class Member:
     def __init__(self, told: Candidate, windows: Sequence[Tensor]) -> None:
         self.told = told
         self.error: DistmergeError | None = None
+        self.writer: ShardWriter | None = None
+        """Of the unit's shard, from `open` to `receive` or `discard`."""
         self._windows = windows
 
     @cached_property
@@ -47,13 +49,22 @@ class Member:
         output.begin(self.told.digest)
         return output
 
-    def writer(self, unit: WorkUnit) -> ShardWriter:
-        """Into the unit's file."""
-        return ShardWriter(self.output.open_write(unit.path), unit.header, self._windows)
+    def open(self, unit: WorkUnit) -> None:
+        """Begin the unit's file."""
+        self.writer = ShardWriter(self.output.open_write(unit.path), unit.header, self._windows)
 
-    def receive(self, run: UnitRun, writer: ShardWriter, bytes_read: int) -> Receipt:
+    def discard(self) -> None:
+        """Leave nothing of a shard that isn't visible."""
+        if self.writer is not None:
+            self.writer.discard()
+            self.writer = None
+
+    def receive(self, run: UnitRun, bytes_read: int) -> Receipt:
         """Make the shard visible, with its receipt."""
+        writer = self.writer
+        assert writer is not None
         checksum = writer.commit()
+        self.writer = None
         return write_receipt(
             self.output, self.told.digest, run, writer.size, checksum, bytes_read=bytes_read
         )

@@ -25,9 +25,10 @@ from distmerge.errors import DistmergeError, RecipeError
 from distmerge.expressions.recipe import Recipe, load_recipe
 from distmerge.expressions.recipe_mistakes import explained
 from distmerge.expressions.recipe_text import Document, Given, override, read_documents
-from distmerge.sweeps.evaluation import EVALUATION_KEYS, Judging
+from distmerge.expressions.recipe_words import EVALUATION_KEYS, SPACE_KEYS
+from distmerge.sweeps.evaluation import Judging
 from distmerge.sweeps.names import names_of
-from distmerge.sweeps.space import HIDDEN, SPACE_KEYS, Settings, Space
+from distmerge.sweeps.space import HIDDEN, Settings, Space
 
 EXAMPLES = {
     "combinations": "combinations: {of: [org/law, org/food, org/code], size: 2..3}",

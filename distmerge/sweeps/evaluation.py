@@ -24,7 +24,6 @@ from distmerge.errors import RecipeError
 from distmerge.methods.user_code import load_function
 
 Given = Literal["state_dict", "model", "pipeline"]
-EVALUATION_KEYS = ("evaluate", "keep")
 LOWER_IS_BETTER = ("perplexity", "loss")
 """Scores with these words in their name are good when they are low, unless it is said."""
 

@@ -43,6 +43,11 @@ class Scratch:
     size: str | int | None = None
     """None is what is free there, but for a margin."""
 
+    def __post_init__(self) -> None:
+        """Raises RecipeError: the size is none."""
+        if self.size is not None:
+            parse_size(self.size)
+
     @property
     def asked(self) -> bool:
         """Did the user ask for one?"""

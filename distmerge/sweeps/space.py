@@ -42,7 +42,6 @@ MOST_CANDIDATES = 1000
 """More than these are a slip in the space; nobody reads a table of so many."""
 HIDDEN = (*TAGS, "has", "between", "equal")
 """What isn't part of a mistake's place, though pydantic says so."""
-SPACE_KEYS = ("combinations", "grid", "zip", "list", "sample", "exclude")
 _STRICT = ConfigDict(frozen=True, extra="forbid")
 
 

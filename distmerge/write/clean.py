@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
+from distmerge.checkpoints.spool import remove_abandoned
 from distmerge.checkpoints.store import OutputStore, StorageOptions
 from distmerge.write.index import INDEX_FILE, SINGLE_FILE
 from distmerge.write.lease import LEASE_FILE, lease
+from distmerge.write.local_output import LocalOutput
 from distmerge.write.manifest import EVENTS_FILE, MANIFEST_FILE, Manifest
 from distmerge.write.output import open_output
 from distmerge.write.publish import clean_staging, is_weights
@@ -22,7 +25,8 @@ class Cleaned:
     files: tuple[str, ...]
     """Receipts, staged and finished shards of a model that was never published."""
     unfinished: int
-    """Temporary files, uploads that were never completed, working branches."""
+    """Temporary files, uploads that were never completed, working branches, inputs that a sweep
+    kept there."""
 
 
 def clean(out: str, *, storage_options: StorageOptions | None = None) -> Cleaned:
@@ -34,15 +38,16 @@ def clean(out: str, *, storage_options: StorageOptions | None = None) -> Cleaned
         OutputError: the place can't be reached or written.
     """
     output = open_output(out, storage_options)
+    spools = remove_abandoned(Path(output.root)) if isinstance(output, LocalOutput) else 0
     began = output.exists(LEASE_FILE)
     if not began and not output.list():
-        return Cleaned((), output.remove_temporaries())  # nothing to hold a lease in
+        return Cleaned((), output.remove_temporaries() + spools)  # nothing to hold a lease in
     with lease(output):
         files = output.list()
         stale = sorted(leftovers(output, files, began=began))
         for path in stale:
             output.delete(path)
-        unfinished = output.remove_temporaries()
+        unfinished = output.remove_temporaries() + spools
         clean_staging(output)
     return Cleaned(tuple(stale), unfinished)
 

@@ -110,6 +110,8 @@ class PinnedFile(_Record):
     """Bytes."""
     tag: str
     """ETag, Hub blob id, or size and time."""
+    version: str | None = None
+    """S3 version id, where the bucket keeps versions."""
 
 
 class InputRecord(_Record):
@@ -130,7 +132,10 @@ class InputRecord(_Record):
             url=checkpoint.url,
             revision=checkpoint.revision,
             fingerprint=checkpoint.fingerprint,
-            files={path: PinnedFile(size=f.size, tag=f.tag) for path, f in pinned.items()},
+            files={
+                path: PinnedFile(size=f.size, tag=f.tag, version=f.version)
+                for path, f in pinned.items()
+            },
         )
 
 

@@ -17,6 +17,7 @@ from run.places import BEFORE_A_RECEIPT
 from run.stopping import merge, run_until
 
 import distmerge
+from distmerge.checkpoints import spool
 from distmerge.errors import OutputLocked
 from distmerge.run.events import Event
 from distmerge.write.clean import clean
@@ -88,6 +89,17 @@ def test_orphaned_uploads_are_aborted_and_others_kept(s3):
     found = clean(s3.url(f"{name}/out"), storage_options=s3.storage_options)
     assert (found.files, found.unfinished) == ((), 1)
     assert s3.unfinished_uploads(name) == [f"{name}/out-2/model.safetensors"]
+
+
+def test_what_a_killed_sweep_kept_of_its_inputs_goes_unless_one_uses_it(tmp_path):
+    place = str(tmp_path / f"{spool.PREFIX}0123")
+    with spool.make(place, limit=1):
+        (spool.folder_of(place) / "weights.data").write_bytes(b"x")
+        assert clean(str(tmp_path)).unfinished == 0
+        assert spool.folder_of(place).is_dir()
+    found = clean(str(tmp_path))
+    assert (found.files, found.unfinished) == ((), 1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_persons_own_files_are_not_touched(tmp_path):

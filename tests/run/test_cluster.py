@@ -37,7 +37,7 @@ def slow(models, *, seconds: float, after: str = "/"):
     """The median, after a while, when a file is there."""
     while not os.path.exists(after):
         time.sleep(0.05)
-    time.sleep(seconds)
+    time.sleep(seconds * float(os.environ.get("SLOWER", 1)))
     return torch.median(torch.stack(models), 0).values
 '''
 Told = dict[str, Any]
@@ -233,6 +233,36 @@ def test_a_node_that_joins_in_mid_merge_gets_work(slowly, many, tmp_path):
     assert driver.of("worker")[1]["node"].endswith(f"/{joined.id[:6]}")
     nodes_of = {event["node"][-6:] for event in driver.of("unit")}
     assert nodes_of == {event["node"][-6:] for event in driver.of("worker")}
+    assert_merged(tmp_path / "out", many)
+
+
+def test_a_slow_node_gets_less(slowly, many, tmp_path):
+    uneven = RayNodes(1)
+    try:
+        slow = uneven.add(SLOWER="8")
+        recipe, go = held(slowly, tmp_path)
+        driver = Driver(uneven, recipe, tmp_path / "out", *small(2))
+        assert driver.until(lambda: len(driver.of("worker")) == 2)
+        go.touch()
+        driver.end()
+    finally:
+        uneven.stop()
+    on_it = [e for e in driver.of("unit") if e["node"].endswith(f"/{slow.id[:6]}")]
+    assert 0 < len(on_it) < UNITS / 4, "each pulls the next unit when it has done one"
+    assert_merged(tmp_path / "out", many)
+
+
+def test_of_two_drivers_at_one_output_one_wins_and_the_other_is_told(nodes, slowly, many, tmp_path):
+    recipe, go = held(slowly, tmp_path)
+    first = Driver(nodes, recipe, tmp_path / "out", *small(1))
+    assert first.until(lambda: len(first.of("worker")) == 1)
+    second = Driver(nodes, recipe, tmp_path / "out", *small(1))
+    said = second.failed()
+    assert second.process.returncode == 2, said
+    assert "Another run is writing" in said
+    assert not second.of("worker")
+    go.touch()
+    first.end()
     assert_merged(tmp_path / "out", many)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,7 @@ def test_of_a_versioned_bucket_the_version_is_merged_that_was_opened(
         "replaced": lambda: client.put_object(**where, Body=b"something else"),
         "deleted": lambda: client.delete_object(**where),
     }
+    version = client.head_object(**where)["VersionId"]
     listener = once_a_unit_is_done(actions[change])
     options: dict[str, Any] = {"storage_options": server.storage_options, "max_shard_size": SMALL}
     distmerge.merge(
@@ -112,3 +114,5 @@ def test_of_a_versioned_bucket_the_version_is_merged_that_was_opened(
     found = objects(server, bucket, f"{prefix}/out/")
     assert {n: data for n, data in found.items() if n.startswith("model")} == local
     assert not [name for name in found if ".distmerge" in name]
+    inputs = json.loads(found["distmerge.json"])["inputs"]
+    assert inputs[1]["files"][NAME]["version"] == version

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from run.family import MODELS, make_family, save_model, weight_bytes
@@ -9,6 +11,7 @@ from run.family import MODELS, make_family, save_model, weight_bytes
 import distmerge
 from distmerge.errors import SweepFailed
 from distmerge.methods import cutoff, operands
+from distmerge.plan.bundle import kept_bytes
 from distmerge.run.options import MergeOptions
 from distmerge.sweeps.definition import load_sweep
 from distmerge.sweeps.plan import plan_sweep
@@ -140,6 +143,34 @@ def test_parts_of_expressions_are_shared(family, tmp_path):
     }
     decided = swept(definition, tmp_path)
     assert [len(members) for members in decided.passes] == [3]
+
+
+def test_the_room_that_a_pass_needs_does_not_depend_on_the_order_of_candidates(family):
+    base, a, b = (family.path(name) for name in MODELS[:3])
+    elected = "ties(models=[a, b], base=base, density=0.2)"
+    definition = {
+        "models": {"a": a, "b": b, "base": base},
+        "merge": elected,
+        "list": [{"merge": elected}, {"merge": f"{elected} * 2"}, {"merge": f"{elected} - base"}],
+    }
+    plans = plan_sweep(load_sweep(definition), MergeOptions()).plans
+    tasks = [max(plan.units[0].tasks, key=lambda t: len(t.program.steps)) for plan in plans]
+    assert len({task.program.key for task in tasks}) == 1
+    alone = kept_bytes(tasks[:1])
+    assert 0 < alone < kept_bytes(tasks)
+    assert len({kept_bytes(list(order)) for order in itertools.permutations(tasks)}) == 1
+
+
+def test_zeros_of_either_sign_are_not_the_same_number(family, tmp_path):
+    definition = {
+        "models": {"a": family.path(MODELS[0])},
+        "merge": "a",
+        "list": [{"merge": "(a * 0.0) * 2"}, {"merge": "(a * -0.0) * 2"}],
+    }
+    decided = swept(definition, tmp_path)
+    assert [len(members) for members in decided.passes] == [2]
+    first, second = (weight_bytes(tmp_path / "out" / one.name) for one in decided.candidates)
+    assert first != second
 
 
 def test_eight_bits_side_by_side(family, tmp_path):

@@ -22,7 +22,7 @@ from sweeps.test_read_once import HEADER, times_sent
 import distmerge
 from distmerge.checkpoints.opening import open_checkpoint
 from distmerge.checkpoints.spool import PREFIX
-from distmerge.errors import OutputError
+from distmerge.errors import OutputError, RecipeError
 from distmerge.run.options import MergeOptions
 from distmerge.sweeps import scratch
 from distmerge.sweeps.definition import load_sweep
@@ -177,6 +177,8 @@ def test_without_room_it_is_refused_or_said(s3, remote, tmp_path, monkeypatch):
     assert not is_in_memory(str(tmp_path))
     with pytest.raises(OutputError, match=r"of inputs don't fit into the 1 MB of") as raised:
         planned(s3, remote, Scratch(str(tmp_path), "1MB"), **scored)
+    with pytest.raises(RecipeError, match="'lots' is not a size"):
+        Scratch("none", "lots")
     enough = raised.value.fix.split()[1].rstrip(",")
     assert isinstance(planned(s3, remote, Scratch(str(tmp_path), enough), **scored).spool, Spool)
 

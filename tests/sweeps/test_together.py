@@ -8,11 +8,12 @@ from run.merging import least_memory
 
 import distmerge
 from distmerge.checkpoints import local_store
-from distmerge.errors import SweepFailed
+from distmerge.errors import OutputError, SweepFailed
 from distmerge.run.options import MergeOptions
 from distmerge.sweeps.definition import load_sweep
 from distmerge.sweeps.plan import plan_sweep
 from distmerge.sweeps.run import run_sweep
+from distmerge.write.local_output import LocalOutput
 
 
 def places_of(sweep, out, options):
@@ -136,3 +137,41 @@ def test_a_sweep_that_was_stopped_goes_on_shard_by_shard(family, tmp_path, reads
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.safetensors")}
     assert places_of(sweep, tmp_path / "out", options) == places
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.safetensors")}
+
+
+def refuse_to(step, name, monkeypatch):
+    """A candidate's place where no shard can be begun, or none can be written."""
+    plain = LocalOutput.open_write
+
+    def refuse(*given):
+        raise OutputError("There is no room.")
+
+    def open_write(self, path):
+        if not path.endswith(".safetensors") or name not in self.root:
+            return plain(self, path)
+        if step == "open_write":
+            refuse()
+        pending = plain(self, path)
+        pending.write = refuse
+        return pending
+
+    monkeypatch.setattr(LocalOutput, "open_write", open_write)
+
+
+@pytest.mark.parametrize("step", ["open_write", "write"])
+def test_an_output_that_takes_nothing_does_not_stop_the_others(
+    family, tmp_path, reads, monkeypatch, step
+):
+    sweep = sweep_of(family, grid={"parameters.density": [0.2, 0.4, 0.6]})
+    decided = plan_sweep(sweep, MergeOptions(workers=2))
+    bad = decided.candidates[0].name
+    refuse_to(step, bad, monkeypatch)
+    reads.clear()
+    with pytest.raises(SweepFailed, match="1 of 3"):
+        run_sweep(sweep, str(tmp_path / "out"), MergeOptions(workers=2))
+    assert sum(reads) < 1.5 * decided.bytes_in, "the pass, and little of the one that fails alone"
+    assert not list((tmp_path / "out" / bad).glob("*.safetensors"))
+    for candidate, plan in list(zip(decided.candidates, decided.plans, strict=True))[1:]:
+        single = tmp_path / "single" / candidate.name
+        distmerge.merge(plan.request, str(single), workers=2)
+        assert weight_bytes(single) == weight_bytes(tmp_path / "out" / candidate.name)

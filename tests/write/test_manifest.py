@@ -30,7 +30,7 @@ def checkpoint(url="org/base"):
         "/somewhere/else",
         {"w": TensorInfo("F32", (2,), "model.safetensors", 80, 88)},
         {
-            "model.safetensors": FileInfo("model.safetensors", 88, "etag"),
+            "model.safetensors": FileInfo("model.safetensors", 88, "etag", "v7"),
             "tokenizer.json": FileInfo("tokenizer.json", 5, "other"),
         },
         revision="3f1c",
@@ -69,7 +69,7 @@ def test_what_is_written_is_plain_json_with_every_field():
             "url": "org/base",
             "revision": "3f1c",
             "fingerprint": checkpoint().fingerprint,
-            "files": {"model.safetensors": {"size": 88, "tag": "etag"}},
+            "files": {"model.safetensors": {"size": 88, "tag": "etag", "version": "v7"}},
         }
     ]
     assert written["versions"]["torch"] == torch.__version__

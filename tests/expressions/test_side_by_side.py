@@ -1,0 +1,116 @@
+"""Programs of one key run side by side: who fails takes nothing along of those that follow it."""
+
+import dataclasses
+
+import pytest
+import torch
+from methods.trees import apply, leaf, programs
+
+from distmerge.errors import MethodError
+from distmerge.expressions.compute_pool import ComputePool
+from distmerge.expressions.evaluate import Evaluation
+from distmerge.expressions.nodes import Binary
+from distmerge.expressions.settle import settle
+from distmerge.expressions.side_by_side import SideBySide
+from distmerge.methods.declare import layer_merge
+from distmerge.methods.reductions import largest
+
+LARGE = (9000, 63)
+"""Three blocks."""
+MARK = 99.0
+
+
+def shared(function):
+    """As a method of ours: it is given the blocks themselves, which is what can be shared."""
+    return dataclasses.replace(layer_merge(function), builtin=True)
+
+
+@shared
+def over_model(models):
+    (x,) = models
+    size = yield largest(x, over="model")
+    return x / size
+
+
+@shared
+def over_tensor(models):
+    (x,) = models
+    size = yield largest(x)
+    return x / size
+
+
+@shared
+def lowest(models):
+    (x,) = models
+    size = yield largest(-x)
+    return x / size
+
+
+@shared
+def fails_over_model(models):
+    (x,) = models
+    if (x == MARK).any():
+        raise ValueError("the mark")
+    size = yield largest(x, over="model")
+    return x / size
+
+
+@shared
+def fails_over_tensor(models):
+    (x,) = models
+    if (x == MARK).any():
+        raise ValueError("the mark")
+    size = yield largest(x)
+    return x / size
+
+
+def marked(block):
+    """Random numbers with a mark in that block."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(LARGE, generator=generator)
+    x.view(-1)[block * (x.numel() // 3) + 10_000] = MARK
+    return x
+
+
+def evaluation(node):
+    (program,) = programs(node).values()
+    return Evaluation(program, LARGE)
+
+
+def run(x, *nodes, threads=2):
+    """The evaluations after it, and who failed of what."""
+    failed = {}
+    side = SideBySide([evaluation(node) for node in nodes], failed.__contains__, failed.setdefault)
+    flat = x.view(-1)
+    firsts = settle([side], [lambda _, span: flat[span[0] : span[1]]], ComputePool(threads))
+    return side, firsts.get(0), failed
+
+
+@pytest.mark.parametrize("block", range(3))
+def test_its_share_in_what_is_asked_of_the_model_is_not_lost(block):
+    x = marked(block)
+    model = leaf(x)
+    nodes = [apply(m, [model]) for m in (fails_over_model, over_model, over_model)]
+    side, _, failed = run(x, *nodes)
+    assert list(failed) == [0]
+    assert isinstance(failed[0], MethodError)
+    for member in side.members[1:]:
+        ((question, share),) = member.model_partials.values()
+        assert question.finish(share, None) == MARK
+
+
+@pytest.mark.parametrize("block", range(3))
+@pytest.mark.parametrize("more", [False, True], ids=["all of it", "a part of it"])
+def test_those_that_follow_get_their_results(block, more):
+    x = marked(block)
+    model = leaf(x)
+    node, expected = apply(over_tensor, [model]), x / MARK
+    if more:  # which it has to ask itself, of every block
+        node = Binary("+", node, apply(lowest, [model]))
+        expected = expected + x / (-x).max()
+    side, firsts, failed = run(x, apply(fails_over_tensor, [model]), node)
+    assert list(failed) == [0], failed
+    flat = x.view(-1)
+    read = lambda _, span: flat[span[0] : span[1]]  # noqa: E731
+    last = [side.members[1].block(b, read) for b in (1, 2)]
+    assert torch.equal(torch.cat([firsts[1], *last]).view(LARGE), expected)
