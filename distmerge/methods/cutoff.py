@@ -214,11 +214,13 @@ class Cutoff:
     def _finish_bracket(self, total: _Inside, state: _Bracket) -> Cut | Again:
         wanted = self.wanted(total.finite) - total.above
         if total.counts is None:
-            found = np.concatenate(total.found)
+            # Sorted: with as many equals as bfloat16 has, np.partition takes ten times as long.
+            found = np.sort(np.concatenate(total.found))
             if not 0 < wanted <= len(found):
                 return Again(None)
-            bits = int(np.partition(found, len(found) - wanted)[len(found) - wanted])
-            above, equal = int((found > bits).sum()), int((found == bits).sum())
+            bits = int(found[len(found) - wanted])
+            first, last = np.searchsorted(found, [bits, bits + 1])
+            above, equal = len(found) - int(last), int(last - first)
         else:
             if not 0 < wanted <= int(total.counts.sum()):
                 return Again(None)
