@@ -296,6 +296,30 @@ def test_a_base_on_the_hub_and_an_adapter_on_s3(tmp_path, hub, s3):
         assert torch.allclose(found.double(), wanted["c.weight"], rtol=2**-8, atol=1e-4)
 
 
+def test_base_and_adapter_are_pinned_each_to_its_revision(tmp_path, hub):
+    (model, wanted), (other, others) = adapted(tmp_path, 0), adapted(tmp_path, 1)
+    pairs = [pair.split("+") for pair in (model, other)]
+    base, adapter = (hub.add_repo(f"pinned/{name}", pairs[0][i]) for i, name in enumerate("ab"))
+    for name, place in zip("ab", pairs[1], strict=True):
+        files = {path.name: path.read_bytes() for path in Path(place).iterdir()}
+        hub.commit(f"pinned/{name}", files)
+    blend: dict[str, Any] = {"merge_method": "passthrough"}
+    for named, expected in (
+        (f"pinned/a@{base}+pinned/b@{adapter}", wanted),
+        ("pinned/a+pinned/b", others),
+        ("pinned/a@main+pinned/b@main", others),
+    ):
+        out = tmp_path / "out"
+        blend["models"] = [{"model": named}]
+        distmerge.merge(blend, str(out), overwrite=True)
+        found = tensors_at(out)
+        for key, tensor in expected.items():
+            assert torch.allclose(found[key].double(), tensor, rtol=2**-8, atol=1e-4), (named, key)
+        pinned = json.loads((out / "distmerge.json").read_text())["inputs"]
+        if named.startswith("pinned/a@" + base):
+            assert {one["revision"] for one in pinned} == {base, adapter}
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another type": ({"peft_type": "LOHA"}, "LOHA"),
     "prompt": ({"peft_type": "PROMPT_TUNING"}, "PROMPT_TUNING"),

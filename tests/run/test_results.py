@@ -132,3 +132,16 @@ def test_the_share_of_deltas_lost_to_rounding_is_counted(opened, tmp_path):
     assert manifest["lost_delta_share"] == pytest.approx(lost / changed, rel=1e-12)
     untouched = json.loads((tmp_path / "single/distmerge.json").read_text())
     assert untouched["lost_delta_share"] is None
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_arcee_fusion_writes_the_dtype_that_is_asked_for(family, tmp_path, dtype):
+    recipe = {
+        "merge_method": "arcee_fusion",
+        "base_model": family.path(MODELS[0]),
+        "models": [{"model": family.path(MODELS[1])}],
+        "dtype": dtype,
+    }
+    distmerge.merge(recipe, str(tmp_path / "out"))
+    found = {t.dtype for t in tensors_at(tmp_path / "out").values() if t.is_floating_point()}
+    assert found == {getattr(torch, dtype)}
