@@ -18,7 +18,7 @@ from distmerge.expressions.model_questions import KeyPartials, ModelQuestions
 from distmerge.plan.memory import MemoryPlan, bare_process, fitted
 from distmerge.plan.plan import Plan
 from distmerge.run.allocator import give_back_freed_memory
-from distmerge.run.bundle import Bundle
+from distmerge.run.bundle import Bundle, Outcome
 from distmerge.run.engine import Engine
 from distmerge.run.events import Event, Listener, told_bytes
 from distmerge.run.journal import load_answers, save_answers
@@ -111,7 +111,7 @@ def _clear(output: OutputStore, keeper: LeaseKeeper) -> None:
 def _run(held: Sequence[_Held], engine: Engine, listener: Listener) -> None:
     """Answer what is asked about whole models, then merge, unit by unit."""
     left = {one.plan.digest: one for one in held}
-    known = _answers(left, engine) if held[0].plan.asks_model else {}
+    known = _answers(left, engine, listener) if held[0].plan.asks_model else {}
     missing = {digest: one.missing() for digest, one in left.items()}
     total = sum(len(one.plan.units) for one in held)
     done = total - sum(map(len, missing.values()))
@@ -123,8 +123,7 @@ def _run(held: Sequence[_Held], engine: Engine, listener: Listener) -> None:
                 yield _bundle(todo, number, known)
 
     for outcome in engine.merge_together(bundles()):
-        for digest in outcome.failed:
-            left.pop(digest, None)
+        _drop(left, outcome, listener)
         for one in list(left.values()):
             with suppress(DistmergeError):
                 one.keeper.check()
@@ -140,7 +139,18 @@ def _bundle(todo: Sequence[_Held], number: int, known: Mapping[str, Mapping[Plac
     return Bundle(told, tuple(one.plan.units[number] for one in todo))
 
 
-def _answers(left: dict[str, _Held], engine: Engine) -> dict[str, Mapping[Place, Any]]:
+def _drop(left: dict[str, _Held], outcome: Outcome, listener: Listener) -> None:
+    """Leave out who failed; its merge of its own, which follows, tells whether it ends so."""
+    for digest, error in outcome.failed.items():
+        one = left.pop(digest, None)
+        if one is not None:
+            text = f"{one.output.root} is tried alone, since {error.headline}"
+            listener(Event("notice", {"text": text}))
+
+
+def _answers(
+    left: dict[str, _Held], engine: Engine, listener: Listener
+) -> dict[str, Mapping[Place, Any]]:
     """Each plan's answers about the whole model, found together, and kept beside its receipts.
     Who fails is left out."""
     questions = {
@@ -153,8 +163,7 @@ def _answers(left: dict[str, _Held], engine: Engine) -> dict[str, Mapping[Place,
         numbers = range(len(held[0].plan.units))
         shares: dict[str, list[KeyPartials]] = {digest: [] for digest in asking}
         for outcome in engine.ask_together(_bundle(held, n, known) for n in numbers):
-            for digest in outcome.failed:
-                left.pop(digest, None)
+            _drop(left, outcome, listener)
             for digest, keys in outcome.partials.items():
                 shares[digest] += keys
         for digest in asking:

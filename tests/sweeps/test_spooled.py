@@ -114,6 +114,28 @@ def test_scored_candidates_read_each_byte_once(s3, local, remote, tmp_path, grid
 
 
 @pytest.mark.full
+def test_the_hub_sends_each_byte_once(hub, local, tmp_path):
+    names = [f"spooled/{name}" for name in MODELS]
+    for name, folder in zip(names, local, strict=True):
+        hub.add_repo(name, folder)
+    judged = {"evaluate": f"{judging.__file__}:norm", "keep": "best 2 by score"}
+    grid = {"parameters.density": DENSITIES, "parameters.lambda": [0.5, 1.0]}
+    sizes = [Path(folder, "model.safetensors").stat().st_size for folder in local]
+    with hub.recording() as seen:
+        results = distmerge.sweep(
+            {**recipe(names), "grid": grid, **judged}, str(tmp_path / "out"), workers=2
+        )
+    sent = sum(one.sent_bytes for one in seen if one.range is not None)
+    assert sum(sizes) <= sent <= sum(sizes) + 2 * HEADER * len(sizes)
+    assert left_over(tmp_path / "out", tmp_path) == []
+    here = distmerge.sweep(
+        {**recipe(local), "grid": grid, **judged}, str(tmp_path / "here"), workers=2
+    )
+    assert [r.scores for r in results] == [r.scores for r in here]
+    assert [bool(r.place) for r in results].count(True) == 2
+
+
+@pytest.mark.full
 def test_killed_and_repeated_it_reads_what_is_missing(s3, local, remote, tmp_path):
     """The third evaluation is stopped before it has read anything; the file below is one that only
     the last candidates need."""

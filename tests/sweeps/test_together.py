@@ -167,8 +167,11 @@ def test_an_output_that_takes_nothing_does_not_stop_the_others(
     bad = decided.candidates[0].name
     refuse_to(step, bad, monkeypatch)
     reads.clear()
+    told = []
     with pytest.raises(SweepFailed, match="1 of 3"):
-        run_sweep(sweep, str(tmp_path / "out"), MergeOptions(workers=2))
+        run_sweep(sweep, str(tmp_path / "out"), MergeOptions(workers=2), listener=told.append)
+    notices = [event.data["text"] for event in told if event.kind == "notice"]
+    assert f"{tmp_path / 'out' / bad} is tried alone, since There is no room." in notices
     assert sum(reads) < 1.5 * decided.bytes_in, "the pass, and little of the one that fails alone"
     assert not list((tmp_path / "out" / bad).glob("*.safetensors"))
     for candidate, plan in list(zip(decided.candidates, decided.plans, strict=True))[1:]:
