@@ -35,7 +35,7 @@ from distmerge.checkpoints.spool import SpooledStore
 from distmerge.checkpoints.storage_options import options_for
 from distmerge.checkpoints.store import StorageOptions, Store
 from distmerge.checkpoints.tensors import Checkpoint, FileInfo
-from distmerge.errors import CheckpointError, CheckpointNotFound, MalformedCheckpoint
+from distmerge.errors import CheckpointError, CheckpointNotFound, MalformedCheckpoint, ReadFailed
 
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 ADAPTER_CONFIG = "adapter_config.json"
@@ -115,6 +115,11 @@ def _open_model(location: Location, url: str, storage_options: StorageOptions) -
         if not location.bare:
             raise
         raise _neither_here_nor_there(url, error) from error
+    except ReadFailed as error:
+        if not location.bare:
+            raise
+        here = f"there is no {url!r} in {Path.cwd()}, so the Hub was asked"
+        raise ReadFailed(error.headline, here, *error.facts, fix=error.fix) from error
     except MalformedCheckpoint as error:
         raise type(error)(error.headline, *error.facts, f"in {url}", fix=error.fix) from error
     finally:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from distmerge.errors import RecipeError
 from distmerge.expressions.nodes import (
     Apply,
     Binary,
@@ -31,9 +32,15 @@ FORMAT_VERSION = 3
 
 
 def kernel_class(device: str) -> str:
-    """Processors of one class give the same bits."""
+    """Processors of one class give the same bits. Raises RecipeError: no such device."""
     version = ".".join(torch.__version__.split("+")[0].split(".")[:2])
     if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise RecipeError(
+                f"There is no {device} device here.",
+                f"torch {torch.__version__} sees none",
+                fix="--device cpu, or a torch for CUDA and its driver",
+            )
         return f"torch {version} cuda {torch.cuda.get_device_name(torch.device(device))}"
     loops = "fused" if fused_loops() is not None else "plain"
     return f"torch {version} cpu {torch.backends.cpu.get_cpu_capability()} {loops}"

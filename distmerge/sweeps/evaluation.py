@@ -125,6 +125,12 @@ class Judging(BaseModel):
                 "'keep' goes by scores, and there is no 'evaluate'.",
                 fix="evaluate: judging.py:score",
             )
+        told = self.keep.metric if self.keep else None
+        if self.evaluate and self.evaluate.perplexity and told not in (None, "perplexity"):
+            raise RecipeError(
+                f"'keep' goes by {told!r}, and the score of a text is its 'perplexity'.",
+                fix=f"keep: best {self.keep.count if self.keep else 1} by perplexity",
+            )
         return self
 
     @property

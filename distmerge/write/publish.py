@@ -87,7 +87,8 @@ def check_free(output: OutputStore, found: Published, *, overwrite: bool) -> Non
         return
     what = "holds a model" if found.loads else "isn't empty"
     raise OutputExists(
-        f"{output.root} {what} already.", fix="--overwrite replaces it, or choose another output"
+        f"{output.root} {what} already.",
+        fix="--overwrite (overwrite=True) replaces it, or choose another output",
     )
 
 

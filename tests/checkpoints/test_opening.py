@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distmerge.checkpoints.opening import open_checkpoint, open_checkpoints, open_store
-from distmerge.errors import CheckpointError, CheckpointNotFound, MalformedCheckpoint
+from distmerge.errors import CheckpointError, CheckpointNotFound, MalformedCheckpoint, ReadFailed
 
 TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64}
 CONFIG = {"model_type": "llama", "hidden_size": 8}
@@ -226,6 +226,18 @@ def test_only_headers_are_read(hub, tmp_path, monkeypatch):
     assert sum(request.sent_bytes for request in seen) < 4 * 140_000
     assert sum(request.host in hub.storage_url for request in seen) == 4
     assert len(seen) < 20
+
+
+def test_a_hub_that_cannot_be_reached_is_told_with_what_is_not_here(monkeypatch):
+    def unreachable(store):
+        raise ReadFailed("Could not read the file list.", fix="try again")
+
+    monkeypatch.setattr("distmerge.checkpoints.hub_store.HubStore.files", unreachable)
+    with pytest.raises(ReadFailed, match=r"there is no 'lawx' in /.*, so the Hub was asked"):
+        open_checkpoint("lawx")
+    with pytest.raises(ReadFailed) as raised:
+        open_checkpoint("hf://org/lawx")
+    assert "so the Hub was asked" not in str(raised.value)
 
 
 def test_several_models_at_once_and_the_first_error_counts(tmp_path):

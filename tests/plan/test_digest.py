@@ -10,6 +10,7 @@ import torch
 from methods.trees import apply, leaf
 
 from distmerge.checkpoints.tensors import Checkpoint, FileInfo, TensorInfo
+from distmerge.errors import RecipeError
 from distmerge.expressions.nodes import Binary, Leaf, Select
 from distmerge.methods.declare import layer_merge
 from distmerge.methods.parameters import Filtered, Gradient
@@ -118,6 +119,12 @@ def test_every_process_finds_the_same_digest():
 def test_canonical_text_holds_no_places():
     assert "/models" not in canonical(ROOT)
     assert "model" not in canonical(Binary("+", A, B))
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RecipeError, match="There is no cuda device here"):
+        kernel_class("cuda")
 
 
 def test_the_kernel_class_names_what_bits_depend_on():

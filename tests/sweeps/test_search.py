@@ -251,6 +251,10 @@ def test_excluded_settings_are_not_evaluated(recipe, tmp_path, ends):
     ("keys", "words"),
     [
         ({"evaluate": None}, "goes by scores"),
+        (
+            {"evaluate": {"perplexity": "text"}, "keep": "best 1 by score"},
+            "'keep' goes by 'score', and the score of a text is its 'perplexity'",
+        ),
         ({"sampler": "grid"}, "no sampler 'grid'"),
         ({"pruner": "wilcoxon"}, "no pruner 'wilcoxon'"),
         ({"storage": "nonsense://x"}, "study can't be kept"),
