@@ -97,11 +97,16 @@ def fill_from_disk(
         _check(file.fileno(), path, unchanged)
 
 
-def walk_files(root: str, *, hidden: bool = False) -> Iterator[tuple[str, os.stat_result]]:
-    """Regular files below `root` by relative path, with links followed and cycles left out."""
+def walk_files(
+    root: str, *, hidden: bool = False, follow: bool = True
+) -> Iterator[tuple[str, os.stat_result]]:
+    """Regular files below `root` by relative path, cycles left out.
+
+    follow: look into linked folders. Linked files are files.
+    """
     seen: set[tuple[int, int]] = set()
     count = 0
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=_raise):
+    for folder, folders, names in os.walk(root, followlinks=follow, onerror=_raise):
         here = os.stat(folder)
         if (here.st_dev, here.st_ino) in seen:
             folders.clear()

@@ -69,7 +69,7 @@ def _module_from_file(place: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses and inspect look modules up there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UnknownMethod(
             f"{place} can't be run: {type(error).__name__}: {error}", fix=f"python {place}"

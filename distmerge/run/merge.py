@@ -153,7 +153,7 @@ def check_place(
     named = [leaf for leaf in decided.inputs.leaves if isinstance(leaf, Leaf)]
     named += [leaf for leaf in (decided.request.donor, decided.request.config_from) if leaf]
     pinned = [c for leaf in named for c in (leaf.checkpoint, *leaf.checkpoint.others)]
-    check_apart(output, {checkpoint.root for checkpoint in pinned})
+    check_apart(output, pinned)
 
 
 def as_request(what: Any, settings: MergeOptions) -> MergeRequest:

@@ -128,12 +128,12 @@ def score(job: Job, should_stop: ShouldStop = never) -> Scored:
             returned, stopped = _last(job, job.evaluator.function(candidate), should_stop)
             made = Scored(job.number, {} if stopped else checked_scores(returned), far)
             made = replace(made, stopped=stopped)
-    except Exception as raised:
+    except (Exception, SystemExit) as raised:
         made = Scored(job.number, error=told(raised))
     return replace(made, seconds=round(time.monotonic() - began, 3))
 
 
-def told(error: Exception) -> str:
+def told(error: BaseException) -> str:
     """An exception in one line."""
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

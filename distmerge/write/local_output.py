@@ -23,7 +23,10 @@ _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp$")
 
 
 class LocalOutput:
-    """Writes below one directory, which is made when the first file is."""
+    """Writes below one directory, which is made when the first file is.
+
+    Linked folders in it are somebody's own: nothing is listed, written or deleted through one.
+    """
 
     heartbeat = 10.0
     spools = False
@@ -53,7 +56,7 @@ class LocalOutput:
             return {}
         found = {}
         try:
-            for name, info in walk_files(folder, hidden=True):
+            for name, info in walk_files(folder, hidden=True, follow=False):
                 path = Path(folder, name).relative_to(self.root).as_posix()
                 if path.startswith(prefix) and not is_temporary(path):
                     found[path] = FileInfo(path, info.st_size, tag_of(info))
@@ -130,13 +133,23 @@ class LocalOutput:
         """
         if not os.path.isdir(self.root):
             return 0
-        leftovers = [name for name, _ in walk_files(self.root, hidden=True) if is_temporary(name)]
+        found = walk_files(self.root, hidden=True, follow=False)
+        leftovers = [name for name, _ in found if is_temporary(name)]
         for name in leftovers:
             self.delete(name)
         return len(leftovers)
 
     def _path(self, path: str) -> str:
-        return os.path.join(self.root, checked_path(path)) if path else self.root
+        """Raises OutputError: it would leave the directory."""
+        full = self.root
+        for name in checked_path(path).split("/") if path else ():
+            if full != self.root and os.path.islink(full):
+                raise OutputError(
+                    f"{full} is a link to another folder.",
+                    fix="remove the link, or choose another output",
+                )
+            full = os.path.join(full, name)
+        return full
 
 
 class PendingLocalFile:

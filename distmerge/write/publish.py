@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from distmerge.checkpoints.location import local_path
 from distmerge.checkpoints.store import OutputStore
+from distmerge.checkpoints.tensors import Checkpoint
 from distmerge.errors import OutputError, OutputExists, VerificationFailed
 from distmerge.write.index import INDEX_FILE, SINGLE_FILE
 from distmerge.write.lease import LEASE_FILE
@@ -65,14 +66,23 @@ def look(output: OutputStore) -> Published:
     return Published(loads, digest, unfinished, others)
 
 
-def check_apart(output: OutputStore, roots: Iterable[str]) -> None:
-    """Raises OutputExists if a model is read from where the output goes: it would be deleted
-    before it is read."""
-    if any(_place(root) == _place(output.root) for root in roots):
+def check_apart(output: OutputStore, models: Iterable[Checkpoint]) -> None:
+    """Raises OutputExists if a model, or a file that it links to, is read from where the output
+    goes: it would be deleted before it is read."""
+    if _place(output.root) in {place for model in models for place in _places(model)}:
         raise OutputExists(
             f"{output.root} holds one of the models that are to be merged.",
             fix="choose another output",
         )
+
+
+def _places(model: Checkpoint) -> Iterator[str]:
+    """Of its files."""
+    root = _place(model.root)
+    yield root
+    if "://" not in root:
+        for path in model.files:
+            yield os.path.dirname(os.path.realpath(os.path.join(root, path)))
 
 
 def _place(root: str) -> str:

@@ -18,7 +18,7 @@ from run.stopping import merge, run_until
 
 import distmerge
 from distmerge.checkpoints import spool
-from distmerge.errors import OutputLocked
+from distmerge.errors import OutputError, OutputExists, OutputLocked
 from distmerge.run.events import Event
 from distmerge.write.clean import clean
 
@@ -100,6 +100,42 @@ def test_what_a_killed_sweep_kept_of_its_inputs_goes_unless_one_uses_it(tmp_path
     found = clean(str(tmp_path))
     assert (found.files, found.unfinished) == ((), 1)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("link", [".distmerge", "linked"])
+def test_nothing_is_deleted_or_written_through_a_link(recipe, tmp_path, link):
+    theirs, out = tmp_path / "theirs", tmp_path / "out"
+    theirs.mkdir()
+    out.mkdir()
+    names = {"thesis.txt", "notes.0123456789abcdef.tmp"}
+    for name in names:
+        (theirs / name).write_text("x")
+    (out / link).symlink_to("../theirs")
+    if link == ".distmerge":
+        refused = pytest.raises(OutputError, match="is a link to another folder")
+        with refused:
+            clean(str(out))
+        with refused:
+            distmerge.merge(recipe, str(out), overwrite=True)
+    else:
+        assert clean(str(out)).unfinished == 0
+        distmerge.merge(recipe, str(out), overwrite=True)
+    assert names_below(theirs) == names
+
+
+def test_a_model_whose_file_lies_in_the_output_is_not_replaced(tmp_path):
+    models = [save_model(m, tmp_path / str(i)) for i, m in enumerate(small_models(2))]
+    out = tmp_path / "out"
+    out.mkdir()
+    weights = Path(models[0], "model.safetensors")
+    weights.rename(out / weights.name)
+    weights.symlink_to(out / weights.name)
+    named = [{"model": model} for model in models]
+    blend = {"merge_method": "linear", "models": named, "parameters": {"weight": 1.0}}
+    with pytest.raises(OutputExists, match="holds one of the models"):
+        distmerge.merge(blend, str(out), overwrite=True)
+    assert weights.is_file()
+    assert names_below(out) == {weights.name}
 
 
 def test_a_persons_own_files_are_not_touched(tmp_path):

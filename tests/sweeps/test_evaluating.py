@@ -255,6 +255,15 @@ def test_what_is_no_finite_number_is_told(recipe, tmp_path, returned, words):
         )
 
 
+def test_an_evaluator_that_ends_the_program_has_failed(recipe, tmp_path):
+    with pytest.raises(SweepFailed, match="SystemExit: 0"):
+        distmerge.sweep(recipe, str(tmp_path / "out"), evaluate=lambda _: sys.exit(0), **OPTIONS)
+    (tmp_path / "mine.py").write_text("import sys\nsys.exit(0)")
+    given = f"{tmp_path / 'mine.py'}:score"
+    with pytest.raises(UnknownMethod, match="can't be run: SystemExit: 0"):
+        distmerge.sweep(recipe, str(tmp_path / "other"), evaluate=given, **OPTIONS)
+
+
 def test_numbers_of_torch_and_numpy_are_numbers(recipe, tmp_path):
     scores = {"a": torch.tensor(2.5), "b": torch.ones(2).numpy()[0]}
     results = distmerge.sweep(
