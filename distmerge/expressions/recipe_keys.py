@@ -75,9 +75,7 @@ def check_formula_keys(document: Document, used: Collection[str]) -> list[Ignore
             fix = NOT_WITH_FORMULAS[key]
             raise RecipeError(f"{where}: {key!r} doesn't go with 'merge:'.", fix=fix)
         if key not in FORMULA_KEYS and key not in NOT_WITH_FORMULAS:
-            near = difflib.get_close_matches(key, sorted(FORMULA_KEYS), 1)
-            fix = f"write {near[0]!r}" if near else "leave it out"
-            fix = FOR_SWEEPS if key in SWEPT else fix
+            fix = FOR_SWEEPS if key in SWEPT else _nearest(key, FORMULA_KEYS)
             found.append(Ignored((key,), f"{where}: {key!r} is ignored here; {fix}.", fix))
     found += tokenizer_keys(document)
     models = data.get("models")
@@ -197,6 +195,10 @@ def _place(key: str, path: KeyPath, known: frozenset[str], method: MergeMethod) 
         return f"move it under {whose}'parameters:'"
     if key in ELSEWHERE:
         return f"write it {ELSEWHERE[key]}"
+    return _nearest(key, known)
+
+
+def _nearest(key: str, known: frozenset[str]) -> str:
     near = difflib.get_close_matches(key, sorted(known), 1)
     return f"write {near[0]!r}" if near else "leave it out"
 

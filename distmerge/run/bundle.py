@@ -64,10 +64,11 @@ def merge_bundle(worker: Worker, bundle: Bundle) -> Outcome:
     """
     members = [Member(one, worker.windows(n)) for n, one in enumerate(bundle.candidates)]
     with ExitStack() as undo:
-        open_ones = [at for at in zip(members, bundle.units, strict=True) if _opened(*at, undo)]
+        pairs = zip(members, bundle.units, strict=True)
+        opened = [pair for pair in pairs if _opened(*pair, undo)]
         receipts: dict[str, Receipt] = {}
-        if open_ones:
-            writing, units = zip(*open_ones, strict=True)
+        if opened:
+            writing, units = zip(*opened, strict=True)
             run = BundleRun(writing, units, worker.unit_context({}))
             with one_torch_thread():
                 run.run()

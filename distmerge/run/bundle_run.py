@@ -51,9 +51,9 @@ class BundleRun(UnitRun):
             UnitRun(
                 unit,
                 replace(context, seed=m.told.seed, model_answers=m.told.known),
-                writer,
+                m.writer,
             )
-            for m, unit, writer in itertools.zip_longest(members, own, self.writers)
+            for m, unit in zip(members, own, strict=True)
         ]
         self._places = {id(task): i for i, task in enumerate(self.unit.tasks)}
 

@@ -125,11 +125,12 @@ class Judging(BaseModel):
                 "'keep' goes by scores, and there is no 'evaluate'.",
                 fix="evaluate: judging.py:score",
             )
-        told = self.keep.metric if self.keep else None
-        if self.evaluate and self.evaluate.perplexity and told not in (None, "perplexity"):
+        by_text = self.evaluate is not None and self.evaluate.perplexity is not None
+        metric = self.kept.metric
+        if by_text and metric not in (None, "perplexity"):
             raise RecipeError(
-                f"'keep' goes by {told!r}, and the score of a text is its 'perplexity'.",
-                fix=f"keep: best {self.keep.count if self.keep else 1} by perplexity",
+                f"'keep' goes by {metric!r}, and the score of a text is its 'perplexity'.",
+                fix=f"keep: best {self.kept.count} by perplexity",
             )
         return self
 

@@ -25,42 +25,24 @@ def shared(function):
     return dataclasses.replace(layer_merge(function), builtin=True)
 
 
-@shared
-def over_model(models):
-    (x,) = models
-    size = yield largest(x, over="model")
-    return x / size
+def scaled(over, *, fails=False):
+    """A method that asks one question; whether it fails on the block with the mark."""
 
+    @shared
+    def by_largest(models):
+        (x,) = models
+        if fails and (x == MARK).any():
+            raise ValueError("the mark")
+        size = yield largest(x, over=over)
+        return x / size
 
-@shared
-def over_tensor(models):
-    (x,) = models
-    size = yield largest(x)
-    return x / size
+    return by_largest
 
 
 @shared
 def lowest(models):
     (x,) = models
     size = yield largest(-x)
-    return x / size
-
-
-@shared
-def fails_over_model(models):
-    (x,) = models
-    if (x == MARK).any():
-        raise ValueError("the mark")
-    size = yield largest(x, over="model")
-    return x / size
-
-
-@shared
-def fails_over_tensor(models):
-    (x,) = models
-    if (x == MARK).any():
-        raise ValueError("the mark")
-    size = yield largest(x)
     return x / size
 
 
@@ -77,12 +59,15 @@ def evaluation(node):
     return Evaluation(program, LARGE)
 
 
-def run(x, *nodes, threads=2):
-    """The evaluations after it, and who failed of what."""
+def reader(x):
+    return lambda _, span: x.view(-1)[span[0] : span[1]]
+
+
+def run(x, *nodes):
+    """The evaluations after it, their first blocks, and who failed of what."""
     failed = {}
     side = SideBySide([evaluation(node) for node in nodes], failed.__contains__, failed.setdefault)
-    flat = x.view(-1)
-    firsts = settle([side], [lambda _, span: flat[span[0] : span[1]]], ComputePool(threads))
+    firsts = settle([side], [reader(x)], ComputePool(2))
     return side, firsts.get(0), failed
 
 
@@ -90,7 +75,7 @@ def run(x, *nodes, threads=2):
 def test_its_share_in_what_is_asked_of_the_model_is_not_lost(block):
     x = marked(block)
     model = leaf(x)
-    nodes = [apply(m, [model]) for m in (fails_over_model, over_model, over_model)]
+    nodes = [apply(scaled("model", fails=n == 0), [model]) for n in range(3)]
     side, _, failed = run(x, *nodes)
     assert list(failed) == [0]
     assert isinstance(failed[0], MethodError)
@@ -104,13 +89,11 @@ def test_its_share_in_what_is_asked_of_the_model_is_not_lost(block):
 def test_those_that_follow_get_their_results(block, more):
     x = marked(block)
     model = leaf(x)
-    node, expected = apply(over_tensor, [model]), x / MARK
+    node, expected = apply(scaled("tensor"), [model]), x / MARK
     if more:  # which it has to ask itself, of every block
         node = Binary("+", node, apply(lowest, [model]))
         expected = expected + x / (-x).max()
-    side, firsts, failed = run(x, apply(fails_over_tensor, [model]), node)
+    side, firsts, failed = run(x, apply(scaled("tensor", fails=True), [model]), node)
     assert list(failed) == [0], failed
-    flat = x.view(-1)
-    read = lambda _, span: flat[span[0] : span[1]]  # noqa: E731
-    last = [side.members[1].block(b, read) for b in (1, 2)]
+    last = [side.members[1].block(b, reader(x)) for b in (1, 2)]
     assert torch.equal(torch.cat([firsts[1], *last]).view(LARGE), expected)
