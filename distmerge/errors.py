@@ -28,18 +28,23 @@ Each reads: one headline sentence, one fact per line, and a `Fix:` line with som
 The command line prints it without a traceback and exits with 2.
 """
 
+from __future__ import annotations
+
+from distmerge.credentials import redact
+
 
 class DistmergeError(Exception):
     """A headline, the facts behind it and what to do about it.
 
-    `str(error)` is the headline, then each fact on an indented line, then `Fix: ...`.
+    `str(error)` is the headline, then each fact on an indented line, then `Fix: ...`. Logins and
+    tokens in what is quoted are replaced by stars.
     """
 
     def __init__(self, headline: str, *facts: str, fix: str | None = None) -> None:
-        super().__init__(headline, *facts)
-        self.headline = headline
-        self.facts = facts
-        self.fix = fix
+        self.headline = redact(headline)
+        self.facts = tuple(map(redact, facts))
+        self.fix = fix and redact(fix)
+        super().__init__(self.headline, *self.facts)
 
     def __str__(self) -> str:
         lines = [self.headline, *(f"  {fact}" for fact in self.facts)]

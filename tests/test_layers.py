@@ -17,16 +17,26 @@ from run.merging import small_models
 PACKAGE = Path(__file__).parent.parent / "distmerge"
 
 BELOW: dict[str, set[str]] = {
-    "errors": set(),
-    "checkpoints": {"errors"},
+    "credentials": set(),
+    "errors": {"credentials"},
+    "checkpoints": {"credentials", "errors"},
     "methods": {"errors"},
-    "expressions": {"errors", "checkpoints", "methods"},
-    "write": {"errors", "checkpoints"},
-    "plan": {"errors", "checkpoints", "methods", "expressions", "write"},
-    "run": {"errors", "checkpoints", "methods", "expressions", "write", "plan"},
-    "sweeps": {"errors", "checkpoints", "methods", "expressions", "write", "plan", "run"}
-    | {"huggingface"},
-    "huggingface": {"errors", "checkpoints"},
+    "expressions": {"credentials", "errors", "checkpoints", "methods"},
+    "write": {"credentials", "errors", "checkpoints"},
+    "plan": {"credentials", "errors", "checkpoints", "methods", "expressions", "write"},
+    "run": {"credentials", "errors", "checkpoints", "methods", "expressions", "write", "plan"},
+    "sweeps": {
+        "credentials",
+        "errors",
+        "checkpoints",
+        "methods",
+        "expressions",
+        "write",
+        "plan",
+        "run",
+    }
+    | {"run", "huggingface"},
+    "huggingface": {"credentials", "errors", "checkpoints"},
 }
 """For each part, those that it builds on. The command line, the demo and `importance.py` stand on
 everything."""

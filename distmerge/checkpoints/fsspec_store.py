@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, cast
 
-from distmerge.checkpoints.location import is_safe_path, redact
+from distmerge.checkpoints.location import is_safe_path
 from distmerge.checkpoints.parallel import PartReader
 from distmerge.checkpoints.retry import (
     DEFAULT_POLICY,
@@ -25,6 +25,7 @@ from distmerge.checkpoints.s3_objects import S3Objects, unquoted
 from distmerge.checkpoints.storage_options import options_for
 from distmerge.checkpoints.store import StorageOptions
 from distmerge.checkpoints.tensors import FileInfo
+from distmerge.credentials import redact
 from distmerge.errors import (
     AccessDenied,
     CheckpointError,
@@ -75,7 +76,7 @@ class FsspecStore:
             policy=self._policy,
         )
         if not found:
-            raise CheckpointNotFound(f"Nothing is at {redact(self.root)}.", fix="check the URL")
+            raise CheckpointNotFound(f"Nothing is at {self.root}.", fix="check the URL")
         return found
 
     def read_into(self, file: FileInfo, start: int, buffer: memoryview) -> None:
@@ -156,13 +157,13 @@ def open_filesystem(
         return cast(tuple[Any, str], url_to_fs(url, skip_instance_cache=True, **options))
     except ImportError as error:
         raise CheckpointError(
-            f"Reading {redact(url)} needs a package that is not installed.",
+            f"Reading {url} needs a package that is not installed.",
             str(error),
             fix="install it; gs:// comes with 'distmerge[gcs]', abfs:// with 'distmerge[azure]'",
         ) from error
     except (ValueError, TypeError) as error:
         raise CheckpointError(
-            f"{redact(url)} can't be opened.", redact(str(error)), fix="check the URL's scheme"
+            f"{url} can't be opened.", str(error), fix="check the URL's scheme"
         ) from error
 
 
@@ -201,7 +202,7 @@ def list_files(fs: Any, base: str) -> dict[str, FileInfo]:
         if info["type"] != "file" or name.endswith("/") or not path:
             continue
         if not is_safe_path(path):
-            raise MalformedCheckpoint(f"{redact(base)} holds a file with an unsafe name: {path!r}.")
+            raise MalformedCheckpoint(f"{base} holds a file with an unsafe name: {path!r}.")
         found[path] = file_info(path, info)
     return found
 
@@ -234,13 +235,13 @@ def tag_of(info: Mapping[str, Any]) -> str:
 def explain_fsspec(error: Exception, url: str) -> DistmergeError | None:
     """What a final refusal means; None for what may be asked again."""
     status = http_status(error)
-    place = redact(url)
+    place = url
     if type(error).__name__ in _NO_CREDENTIALS:
         return AccessDenied(f"There are no credentials for {place}.", fix=_CREDENTIALS)
     if isinstance(error, PermissionError) or status in (401, 403):
         return AccessDenied(
             f"{place} refuses these credentials.",
-            f"the server says: {redact(str(error))}",
+            f"the server says: {error}",
             fix=_CREDENTIALS if url.startswith("s3") else "check the storage options",
         )
     if isinstance(error, FileNotFoundError) or status == 404:
@@ -253,14 +254,14 @@ def _explain_read(error: Exception, root: str, file: FileInfo) -> DistmergeError
         return _changed(root, file)
     if isinstance(error, FileNotFoundError) or http_status(error) in (404, 416):
         return SourceChanged(
-            f"{redact(root)}/{file.path} is gone or shorter than when the model was opened."
+            f"{root}/{file.path} is gone or shorter than when the model was opened."
         )
     return explain_fsspec(error, f"{root}/{file.path}")
 
 
 def _changed(root: str, file: FileInfo) -> SourceChanged:
     return SourceChanged(
-        f"{redact(root)}/{file.path} changed after it was opened.",
+        f"{root}/{file.path} changed after it was opened.",
         f"pinned as {file.tag}",
         fix="run again once nothing writes to it any more",
     )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote
 
+from distmerge.credentials import carries_credentials
 from distmerge.errors import CheckpointError, CheckpointNotFound
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -28,13 +29,6 @@ _SECOND_URL = re.compile(r"(?<=.)\+(?=[A-Za-z][A-Za-z0-9.-]+://)")
 _REPO_NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 _BARE_ID = re.compile(rf"(?P<repo>{_REPO_NAME}(?:/{_REPO_NAME})?)(?:@(?P<revision>.+))?")
 _SLASHED_REVISION = re.compile(r"(?P<revision>refs/(?:pr|convert)/[^/]+)(?:/(?P<inside>.*))?")
-
-_PASSWORD = re.compile(r"(\w://)[^/@\s]*:[^/@\s]*@")
-_SECRET_VALUE = re.compile(
-    r"([?&][^=&\s]*(?:sig|token|key|secret|credential|password|policy)[^=&\s]*=)[^&\s'\"]+",
-    re.IGNORECASE,
-)
-_BARE_TOKEN = re.compile(r"\b(hf_|Bearer )[A-Za-z0-9._-]{8,}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +98,7 @@ def split_adapter(name: str) -> tuple[str, str | None]:
         base, _, adapter = name.partition("+")
     if not base or not adapter or split_adapter(adapter)[1] is not None:
         raise CheckpointError(
-            f"{redact(name)!r} is not a model with one adapter.",
+            f"{name!r} is not a model with one adapter.",
             fix="write base+adapter, or {model: base, lora: adapter} for paths that hold a '+'",
         )
     return base, adapter
@@ -141,19 +135,12 @@ def is_far(root: str) -> bool:
     return ("://" in root or "::" in root) and not root.startswith(("file://", "memory://"))
 
 
-def redact(text: str) -> str:
-    """`text` with passwords, signatures and tokens replaced by stars."""
-    text = _PASSWORD.sub(r"\1***@", text)
-    text = _SECRET_VALUE.sub(r"\1***", text)
-    return _BARE_TOKEN.sub(r"\1***", text)
-
-
 def refuse_credentials(url: str) -> None:
     """Raise CheckpointError if `url` carries a secret: URLs are recorded in plans and outputs."""
-    if _PASSWORD.search(url) or _SECRET_VALUE.search(url):
+    if carries_credentials(url):
         raise CheckpointError(
             "A URL can't carry credentials, since URLs are recorded with the output.",
-            redact(url),
+            url,
             fix="set them in the environment, or pass storage options",
         )
 
@@ -235,7 +222,7 @@ def _one_revision(text: str, typed: str | None, given: str | None) -> str | None
 def _without_revision(location: Location, text: str, revision: str | None) -> Location:
     if revision is not None:
         raise CheckpointError(
-            f"{redact(text)!r} has no revisions, so revision={revision!r} can't be taken.",
+            f"{text!r} has no revisions, so revision={revision!r} can't be taken.",
             f"it is {location.root}",
             fix=f"leave the revision out, or write {HUB_SCHEME}org/name@{revision} for the Hub",
         )

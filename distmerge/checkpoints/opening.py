@@ -25,7 +25,6 @@ from distmerge.checkpoints.location import (
     Location,
     local_path,
     locate,
-    redact,
     split_adapter,
 )
 from distmerge.checkpoints.parallel import IN_FLIGHT
@@ -35,6 +34,7 @@ from distmerge.checkpoints.spool import SpooledStore
 from distmerge.checkpoints.storage_options import options_for
 from distmerge.checkpoints.store import StorageOptions, Store
 from distmerge.checkpoints.tensors import Checkpoint, FileInfo
+from distmerge.credentials import redact
 from distmerge.errors import CheckpointError, CheckpointNotFound, MalformedCheckpoint, ReadFailed
 
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

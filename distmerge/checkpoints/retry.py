@@ -9,13 +9,14 @@ import errno
 import logging
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
-from distmerge.checkpoints.location import redact
+from distmerge.credentials import redact
 from distmerge.errors import DistmergeError, ReadFailed
 
 Answer = TypeVar("Answer")
@@ -83,6 +84,30 @@ class RetryPolicy:
 DEFAULT_POLICY = RetryPolicy()
 
 
+class _Counter:
+    """Counts, for several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+
+    def add(self) -> None:
+        with self._lock:
+            self._count += 1
+
+    def so_far(self) -> int:
+        with self._lock:
+            return self._count
+
+
+_AGAIN = _Counter()
+
+
+def requests_again() -> int:
+    """How many requests this process has made that an earlier failure made necessary."""
+    return _AGAIN.so_far()
+
+
 def retrying(
     action: Callable[[], Answer],
     *,
@@ -112,6 +137,7 @@ def retrying(
             if delay >= _WORTH_SAYING:
                 _LOG.warning("Waiting %.0f s to read %s: %s", delay, what, redact(str(error)))
         time.sleep(delay)
+        _AGAIN.add()
 
 
 def is_transient(error: BaseException) -> bool:
@@ -195,6 +221,6 @@ def _failed(what: str, attempts: int, error: Exception) -> ReadFailed:
     times = f"{attempts} attempts" if attempts > 1 else "1 attempt"
     return ReadFailed(
         f"Could not read {what}.",
-        f"{times}, the last: {type(error).__name__}: {redact(str(error)).strip()}",
+        f"{times}, the last: {type(error).__name__}: {str(error).strip()}",
         fix="try again in a while; a merge that was interrupted goes on where it was",
     )

@@ -44,7 +44,7 @@ class SpooledStore:
         self.root, self.revision = inner.root, inner.revision
         self._inner = inner
         self._folder = folder_of(place)
-        self._limit = _limit(self._folder)
+        self._limit: int | None = None
         self._files: dict[str, SpooledFile] = {}
         self._opening = threading.Lock()
 
@@ -57,6 +57,8 @@ class SpooledStore:
     def read_into(self, file: FileInfo, start: int, buffer: memoryview) -> None:
         """Fill `buffer` from the spool; what isn't there is fetched into both."""
         view = buffer.cast("B")
+        if self._limit is None:
+            self._limit = _limit(self._folder)  # a node that joins gets its spool a little later
         if self._limit is None or not len(view):
             self._inner.read_into(file, start, view)
             return

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from distmerge.checkpoints.location import Location, locate, redact, split_adapter
+from distmerge.checkpoints.location import Location, locate, split_adapter
 from distmerge.checkpoints.renaming import Rule, read_rules
+from distmerge.credentials import redact
 from distmerge.errors import RecipeError
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from distmerge.credentials import redact
 from distmerge.errors import RecipeError
 from distmerge.expressions.recipe_text import Document
 
@@ -159,7 +160,7 @@ def _check_name(document: Document, name: str) -> None:
 def _pointer(text: str, column: int) -> list[str]:
     """The formula, or the part of it around a place, and a mark below the place."""
     begin = max(0, min(column - _SHOWN // 2, len(text) - _SHOWN))
-    return [text[begin : begin + _SHOWN], " " * (column - begin) + "^"]
+    return [redact(text)[begin : begin + _SHOWN], " " * (column - begin) + "^"]
 
 
 def _where(document: Document, column: int) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping
 
 from pydantic import ValidationError
 
-from distmerge.checkpoints.location import redact
 from distmerge.checkpoints.renaming import FORM
+from distmerge.credentials import redact
 from distmerge.errors import DistmergeError, RecipeError
 from distmerge.expressions.recipe_text import Document, dotted
 from distmerge.expressions.recipe_words import MERGEKIT_METHODS

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from distmerge.checkpoints.location import redact
+from distmerge.credentials import redact
 from distmerge.errors import RecipeError
 from distmerge.expressions.yaml_lines import (
     DEEPEST,
@@ -177,7 +177,7 @@ def apply_overrides(
         steps, told = path.strip().split("."), spelling(path)
         if not equals or not all(steps):
             raise RecipeError(
-                f"--set {redact(override)!r} is not of the form key=value.",
+                f"--set {override!r} is not of the form key=value.",
                 fix="--set parameters.weight=0.4",
             )
         paths[_assign(data, steps, read_yaml(text, told).data, told)] = told

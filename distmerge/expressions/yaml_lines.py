@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 
-from distmerge.checkpoints.location import redact
 from distmerge.errors import RecipeError
 
 MOST_VALUES = 100_000
@@ -106,14 +105,15 @@ class _Reading:
         self._count(path)
         if node.tag not in _PLAIN_TAGS:
             raise RecipeError(
-                f"{self._origin}, line {_line(node)}: {node.tag[:80]} is no kind of value here.",
+                f"{self._origin}, line {_line(node)}: {_shown(node.tag, path)} is no kind of value "
+                "here.",
                 fix="leave the tag out: numbers, words, lists and mappings need none",
             )
         if isinstance(node, yaml.SequenceNode):
             return [self._placed(item, item, (*path, i)) for i, item in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode):
             # A key that comes again, after a merge say, replaces the earlier one.
-            pairs = {key: (at, value) for key, at, value in self._pairs(node)}
+            pairs = {key: (at, value) for key, at, value in self._pairs(node, path)}
             return {
                 key: self._placed(at, value, (*path, key)) for key, (at, value) in pairs.items()
             }
@@ -121,8 +121,8 @@ class _Reading:
             return self._loader.construct_object(node)
         except (ValueError, ArithmeticError) as error:  # 2024-13-45 looks like a date
             raise RecipeError(
-                f"{self._origin}, line {_line(node)}: {str(node.value)[:80]!r} can't be read.",
-                str(error),
+                f"{self._origin}, line {_line(node)}: {_shown(node.value, path)} can't be read.",
+                *([] if _is_secret(path) else [str(error)]),
                 fix="put it in quotes",
             ) from None
 
@@ -130,29 +130,29 @@ class _Reading:
         self.found.lines[path] = _line(at)
         return self.build(value, path)
 
-    def _pairs(self, node: yaml.MappingNode) -> Iterator[_Pair]:
+    def _pairs(self, node: yaml.MappingNode, path: KeyPath) -> Iterator[_Pair]:
         """Key, its node and its value, merged mappings (`<<: *name`) first."""
-        self._check_keys(node)
+        self._check_keys(node, path)
         for key, value in node.value:
             if key.tag == _MERGE_TAG:
                 sources = value.value if isinstance(value, yaml.SequenceNode) else [value]
                 for source in reversed(sources):
-                    yield from self._merged(source)
+                    yield from self._merged(source, path)
         for key, value in node.value:
             if key.tag != _MERGE_TAG:
                 yield key.value, key, value
 
-    def _merged(self, source: yaml.Node) -> Iterator[_Pair]:
+    def _merged(self, source: yaml.Node, path: KeyPath) -> Iterator[_Pair]:
         if not isinstance(source, yaml.MappingNode):
             raise RecipeError(
                 f"{self._origin}, line {_line(source)}: '<<' takes a mapping.",
                 fix="<<: *name, with &name before a mapping",
             )
-        for pair in self._pairs(source):
+        for pair in self._pairs(source, path):
             self._count(())
             yield pair
 
-    def _check_keys(self, node: yaml.MappingNode) -> None:
+    def _check_keys(self, node: yaml.MappingNode, path: KeyPath) -> None:
         if id(node) in self._checked:
             return
         self._checked.add(id(node))
@@ -165,7 +165,7 @@ class _Reading:
                 )
             if key.value in seen and key.tag != _MERGE_TAG:
                 self.found.warnings.append(
-                    f"{self._origin}, line {_line(key)}: {key.value!r} is given twice; "
+                    f"{self._origin}, line {_line(key)}: {_shown(key.value, path)} is given twice; "
                     "the last one counts."
                 )
             seen.add(key.value)
@@ -188,7 +188,7 @@ def _malformed(error: yaml.MarkedYAMLError, origin: str) -> RecipeError:
     reasons = [part for part in (error.context, error.problem) if part]
     return RecipeError(
         f"{origin}{at}: this is not YAML.",
-        redact(", ".join(reasons)),
+        ", ".join(reasons),
         fix="check the indentation (spaces, no tabs), the colons and the quotes there",
     )
 
@@ -197,6 +197,15 @@ def _too_deep(origin: str) -> RecipeError:
     return RecipeError(
         f"{origin} is nested more than {DEEPEST} levels deep.", fix="check the brackets"
     )
+
+
+def _shown(text: str, path: KeyPath) -> str:
+    """What stands at a place, unless it may be a secret."""
+    return "a value" if _is_secret(path) else repr(text[:80])
+
+
+def _is_secret(path: KeyPath) -> bool:
+    return "storage_options" in path
 
 
 def _line(node: yaml.Node) -> int:

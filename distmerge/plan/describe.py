@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from distmerge.checkpoints.location import redact
+from distmerge.credentials import redact
 from distmerge.expressions.nodes import Leaf
 from distmerge.plan.sizes import format_size
 

@@ -14,10 +14,10 @@ from dataclasses import replace
 from typing import Any
 
 from distmerge.checkpoints.store import OutputStore
+from distmerge.credentials import redact
 from distmerge.errors import DistmergeError
 from distmerge.run.events import Event, Listener
 from distmerge.write.lease import LeaseKeeper
-from distmerge.write.manifest import without_credentials
 from distmerge.write.shard import STAGING
 
 
@@ -106,7 +106,7 @@ def _lines_of(output: OutputStore, path: str) -> list[str]:
 
 def _without_secrets(value: Any) -> Any:
     if isinstance(value, str):
-        return without_credentials(value)
+        return redact(value)
     if isinstance(value, dict):
         return {key: _without_secrets(inner) for key, inner in value.items()}
     return [_without_secrets(inner) for inner in value] if isinstance(value, list) else value

@@ -14,6 +14,7 @@ from distmerge.checkpoints.scales import BLOCK
 from distmerge.checkpoints.spellings import OUTPUT, ties
 from distmerge.checkpoints.store import OutputStore, StorageOptions, Store
 from distmerge.checkpoints.tensors import Checkpoint
+from distmerge.credentials import redact
 from distmerge.expressions.nodes import Apply, Leaf, leaves, walk
 from distmerge.expressions.origins import layer_origins
 from distmerge.plan.eight_bit import CODES
@@ -30,7 +31,6 @@ from distmerge.write.manifest import (
     ShardRecord,
     SkippedTensor,
     checksum,
-    without_credentials,
 )
 from distmerge.write.publish import publish
 from distmerge.write.shard import Receipt
@@ -50,7 +50,7 @@ def finish(
     card, warnings = _card(plan, output)
     files["README.md"] = card.encode()
     if plan.request.recipe_text is not None:
-        files[RECIPE_FILE] = without_credentials(plan.request.recipe_text).encode()
+        files[RECIPE_FILE] = redact(plan.request.recipe_text).encode()
     lost = _lost_share(receipts)
     several = len(plan.units) > 1
     index = index_json(plan.weight_map, plan.nbytes, {"format": "pt"}) if several else None

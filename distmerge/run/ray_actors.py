@@ -129,7 +129,7 @@ class Roster:
             ) from error
         told = {"shard": what, "attempt": len(places) + 1, "node": places[-1], "reason": lines[0]}
         self._listener(Event("retry", told))
-        self.metrics.add("retries", 1, places[-1])
+        self.metrics.add("reruns", 1, places[-1])
 
     def close(self) -> None:
         """End them all."""

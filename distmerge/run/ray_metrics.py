@@ -9,12 +9,13 @@ from typing import Literal
 
 from ray.util.metrics import Counter
 
-Name = Literal["bytes_read", "bytes_written", "units", "retries", "stalls"]
+Name = Literal["bytes_read", "bytes_written", "units", "retries", "reruns", "stalls"]
 _TOLD: dict[Name, str] = {
     "bytes_read": "Bytes of inputs that workers have read.",
     "bytes_written": "Bytes of tensors that workers have written.",
     "units": "Shards that are finished.",
-    "retries": "Shards that lost their worker and are run again.",
+    "retries": "Requests to stores that were made again after a failure.",
+    "reruns": "Shards that lost their worker and are run again.",
     "stalls": "Times that a worker moved no byte for a minute.",
 }
 

@@ -14,6 +14,7 @@ import cloudpickle
 import ray
 import torch
 
+from distmerge.checkpoints.retry import requests_again
 from distmerge.plan.digest import FORMAT_VERSION, kernel_class
 from distmerge.plan.memory import bare_process, fitted
 from distmerge.plan.work import Source, WorkUnit
@@ -44,6 +45,7 @@ class RayWorker:
     def __init__(self) -> None:
         self._worker: Worker
         self._moved = 0, 0, 0
+        self._retries = 0
         self._counting = threading.Lock()
         self._metrics = Metrics()
 
@@ -111,8 +113,12 @@ class RayWorker:
         with self._counting:
             index, r, w = self._moved
             self._moved = index, r + read, w + written
-        self._metrics.add("bytes_read", read, self._worker.settings.node)
-        self._metrics.add("bytes_written", written, self._worker.settings.node)
+            so_far = requests_again()
+            retries, self._retries = so_far - self._retries, so_far
+        node = self._worker.settings.node
+        self._metrics.add("bytes_read", read, node)
+        self._metrics.add("bytes_written", written, node)
+        self._metrics.add("retries", retries, node)
 
 
 def versions() -> dict[str, str]:

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from distmerge.checkpoints.location import redact
 from distmerge.checkpoints.store import StorageOptions
 from distmerge.errors import DistmergeError, RecipeError
 from distmerge.expressions.recipe import Recipe, load_recipe
@@ -200,7 +199,7 @@ def _referred(document: Document, source: Given) -> list[Document]:
 def _no_space(documents: Sequence[Document]) -> RecipeError:
     keys = [key for document in documents for key in document.data]
     near = [(k, m[0]) for k in keys if (m := difflib.get_close_matches(k, SPACE_KEYS, 1, 0.7))]
-    facts = [f"{redact(key)!r} is no key of a sweep; {meant!r} is" for key, meant in near]
+    facts = [f"{key!r} is no key of a sweep; {meant!r} is" for key, meant in near]
     return RecipeError(
         f"{documents[0].origin} doesn't say what to sweep over.",
         *facts,

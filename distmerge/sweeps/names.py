@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from typing import Any
 
+from distmerge.credentials import redact
+
 LONGEST = 100
 """Characters: file systems allow 255, and a shard's name comes behind."""
 BARE = ("models", "merge_method", "base_model")
@@ -63,7 +65,7 @@ def label(value: Any) -> str:
     if isinstance(value, list):
         return "+".join(map(label, value))
     if isinstance(value, str):
-        return _slug(value.rstrip("/").rpartition("/")[2])
+        return _slug(redact(value).rstrip("/").rpartition("/")[2])
     return _slug(str(value)) if isinstance(value, date) else json.dumps(value)
 
 

@@ -166,6 +166,13 @@ class Space(BaseModel):
                     raise RecipeError(
                         f"{path} is set by {seen[path]} and by {part}.", fix="keep one of the two"
                     )
+                if "storage_options" in path.split("."):
+                    # A candidate's settings are its name, and stand in tables and reports.
+                    raise RecipeError(
+                        f"{part}: {path}: a sweep can't vary storage options, which may be secret.",
+                        fix="give them in the recipe, for each bucket: "
+                        "storage_options: {'s3://bucket/': {...}}",
+                    )
 
     def spelling(self, path: str) -> str:
         """`grid: parameters.density`: what messages call a path that the space sets."""

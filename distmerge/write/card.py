@@ -16,7 +16,7 @@ from typing import Any
 from distmerge.checkpoints.location import HUB_SCHEME, split_hub_root
 from distmerge.checkpoints.store import Store
 from distmerge.checkpoints.tensors import Checkpoint, FileInfo
-from distmerge.write.manifest import without_credentials
+from distmerge.credentials import redact
 
 _LARGEST_READ = 1 << 20
 _LICENSE_FIELDS = ("license", "license_name", "license_link")
@@ -145,7 +145,7 @@ def _body(
     distinct = dict.fromkeys((parent.name, parent.hub_id) for parent in parents)
     facts = [f"- Method: `{method}`", f"- Dtype: `{dtype}`"]
     if base is not None:
-        facts.insert(1, f"- Base: {without_credentials(base)}")
+        facts.insert(1, f"- Base: {redact(base)}")
     warnings = [f"> {warning}" for warning in license_warnings(parents)]
     return [
         f"# {name}",
@@ -164,7 +164,7 @@ def _body(
 
 def _listed(name: str, hub_id: str | None) -> str:
     if hub_id is None:
-        return f"- {without_credentials(name)}"
+        return f"- {redact(name)}"
     return f"- [{hub_id}](https://huggingface.co/{hub_id})"
 
 
@@ -172,7 +172,7 @@ def _fenced(text: str, language: str) -> list[str]:
     """A code block whose fence is longer than any run of backticks in the text."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return [f"{fence}{language}", without_credentials(text).rstrip(), fence]
+    return [f"{fence}{language}", redact(text).rstrip(), fence]
 
 
 def _agreed_license(parents: Sequence[Parent]) -> License | None:

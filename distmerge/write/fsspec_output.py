@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from distmerge.checkpoints.fsspec_store import is_s3, list_files, open_filesystem
-from distmerge.checkpoints.location import redact
 from distmerge.checkpoints.retry import DEFAULT_POLICY, RetryPolicy, retrying
 from distmerge.checkpoints.store import PendingFile, StorageOptions
 from distmerge.checkpoints.tensors import FileInfo
+from distmerge.credentials import redact
 from distmerge.errors import CheckpointError, OutputError, ReadFailed
 from distmerge.write.fsspec_pending import PendingRename, explain_output
 from distmerge.write.local_output import checked_path, is_temporary
@@ -182,5 +182,5 @@ class FsspecOutput:
             )
         except ReadFailed as error:
             raise OutputError(
-                f"Could not reach the output {redact(self.root)}.", *error.facts, fix=error.fix
+                f"Could not reach the output {self.root}.", *error.facts, fix=error.fix
             ) from error

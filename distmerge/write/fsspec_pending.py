@@ -10,7 +10,6 @@ from contextlib import suppress
 from typing import Any
 
 from distmerge.checkpoints.fsspec_store import explain_fsspec
-from distmerge.checkpoints.location import redact
 from distmerge.errors import OutputError
 from distmerge.write.local_output import temporary_name
 
@@ -74,15 +73,15 @@ def explain_output(error: Exception, url: str) -> OutputError | None:
         return None
     if isinstance(known, FileNotFoundError):
         return OutputError(
-            f"{redact(url)} can't be written: its bucket or folder doesn't exist.",
+            f"{url} can't be written: its bucket or folder doesn't exist.",
             fix="create the bucket, or correct the URL",
         )
-    return OutputError(f"You may not write {redact(url)}.", *known.facts, fix=known.fix)
+    return OutputError(f"You may not write {url}.", *known.facts, fix=known.fix)
 
 
 def _failed(place: str, error: Exception) -> OutputError:
     return explain_output(error, place) or OutputError(
         f"Could not write {place}.",
-        f"{type(error).__name__}: {redact(str(error))}",
+        f"{type(error).__name__}: {error}",
         fix="run the same command again; finished files are kept",
     )

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from distmerge.checkpoints.hub_account import HubAccount
-from distmerge.checkpoints.location import HUB_SCHEME, locate, redact
+from distmerge.checkpoints.location import HUB_SCHEME, locate
 from distmerge.checkpoints.retry import DEFAULT_POLICY, RetryPolicy, http_status, retrying
 from distmerge.checkpoints.tensors import FileInfo
 from distmerge.errors import CheckpointError, OutputError, ReadFailed
@@ -217,7 +217,7 @@ def explain_writing(error: Exception, place: str) -> OutputError | None:
     if status in (401, 403) or isinstance(error, errors.RepositoryNotFoundError):
         return OutputError(
             f"You may not write {place}.",
-            f"the Hub says: {redact(_first_line(error))}",
+            f"the Hub says: {_first_line(error)}",
             fix="hf auth login, or set HF_TOKEN to a token with write access to it",
         )
     return None

@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal
 import xxhash
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
 
-from distmerge.checkpoints.location import redact
 from distmerge.checkpoints.tensors import Checkpoint
+from distmerge.credentials import redact
 from distmerge.errors import VerificationFailed
 
 MANIFEST_FILE = "distmerge.json"
@@ -40,36 +40,6 @@ _RECORDED_LIBRARIES = (
     "fsspec",
     "s3fs",
 )
-
-# In hf://name@revision there is no login to hide.
-_URL_LOGIN = re.compile(r"\b(?!hf:)([a-z][a-z0-9+.-]*)://([^\s'\"`<>]*)@", re.IGNORECASE)
-_PORT = re.compile(r"\d+/")
-_FIELD_SECRET = re.compile(
-    r"((?<![\w-])[\"']?[\w-]*(?:secret|passw(?:or)?d|api_?key|access_?key|account_?key|credential"
-    r"|(?:access|auth|hf|sas|session|security)[_-]token)[\w-]*[\"']?[ \t]*[:=][ \t]*)"
-    r"(\"[^\"\n]*\"|'[^'\n]*'|[^\s,}\]\[{&]+)",
-    re.IGNORECASE,
-)
-_KEY_ID = re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b")
-
-
-def without_credentials(text: str) -> str:
-    """The text with logins in URLs, signatures, tokens and secret fields replaced by `***`.
-
-    Unlike a single URL, a recipe or a formula is free text, in which more can hide.
-    """
-    text = redact(_URL_LOGIN.sub(_hide_login, text))
-    return _KEY_ID.sub("***", _FIELD_SECRET.sub(r"\1***", text))
-
-
-def _hide_login(url: re.Match[str]) -> str:
-    """A secret may hold slashes and an at sign, so a login runs to the URL's last one."""
-    scheme, login = url.groups()
-    user, colon, secret = login.partition(":")
-    is_path = "/" in user or (scheme.startswith("http") and _PORT.match(secret))
-    if is_path or not (user or colon):
-        return url.group()
-    return f"{scheme}://***@"
 
 
 def checksum(data: bytes | bytearray | memoryview) -> str:
@@ -93,7 +63,7 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-PublicText = Annotated[str, AfterValidator(without_credentials)]
+PublicText = Annotated[str, AfterValidator(redact)]
 """Text that credentials are taken out of when it is stored."""
 
 Checksum = Annotated[str, Field(pattern=rf"^{_ALGORITHM}:[0-9a-f]{{32}}$")]

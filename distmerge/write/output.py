@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-from distmerge.checkpoints.location import HUB_SCHEME, local_path, redact, refuse_credentials
+from distmerge.checkpoints.location import HUB_SCHEME, local_path, refuse_credentials
 from distmerge.checkpoints.store import OutputStore, StorageOptions
 from distmerge.errors import CheckpointError, OutputError
 from distmerge.write.local_output import LocalOutput
@@ -35,7 +35,7 @@ def open_output(
     if pull_request:
         raise OutputError(
             "A pull request needs an output on the Hub.",
-            f"this one is {redact(text)}",
+            f"this one is {text}",
             fix=f"write to {HUB_SCHEME}org/name, or leave --pr out",
         )
     if text.startswith("file://"):
@@ -45,7 +45,7 @@ def open_output(
     try:
         refuse_credentials(text)
     except CheckpointError as error:
-        raise OutputError(error.headline, redact(text), fix=error.fix) from error
+        raise OutputError(error.headline, text, fix=error.fix) from error
     from distmerge.write.fsspec_output import FsspecOutput
 
     return FsspecOutput(text.rstrip("/") if not text.endswith("://") else text, storage_options)

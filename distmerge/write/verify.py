@@ -13,11 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from distmerge.checkpoints.location import is_safe_path, locate, redact
+from distmerge.checkpoints.location import is_safe_path, locate
 from distmerge.checkpoints.opening import open_store
 from distmerge.checkpoints.safetensors_header import read_header
 from distmerge.checkpoints.store import StorageOptions, Store
 from distmerge.checkpoints.tensors import FileInfo, TensorInfo
+from distmerge.credentials import redact
 from distmerge.errors import DistmergeError, VerificationFailed
 from distmerge.write.config import config_dtype, written_dtype
 from distmerge.write.donor_files import is_weights

@@ -12,9 +12,9 @@ from distmerge.checkpoints.location import (
     is_far,
     is_safe_path,
     locate,
-    redact,
     split_hub_root,
 )
+from distmerge.credentials import redact
 from distmerge.errors import CheckpointError, CheckpointNotFound
 
 

@@ -91,9 +91,9 @@ MERGED_LAUGHS = "a0: &a0 {x: 1, y: 2}\n" + "".join(
         ("? {a: 1}\n: 3", "a key is a list or a mapping"),
         ("a: 2024-13-45", "line 1: '2024-13-45' can't be read"),
         ("a: " + "9" * 5000, "can't be read"),
-        ("a: !!python/object/apply:os.system ['true']", "line 1: tag:yaml.org,2002:python/object"),
-        ("a: !!python/name:os.system", "line 1: tag:yaml.org,2002:python/name"),
-        ("a: !mine 3", "line 1: !mine is no kind of value"),
+        ("a: !!python/object/apply:os.system ['true']", "line 1: 'tag:yaml.org,2002:python/object"),
+        ("a: !!python/name:os.system", "line 1: 'tag:yaml.org,2002:python/name"),
+        ("a: !mine 3", "line 1: '!mine' is no kind of value"),
         ("a: 1\nb: \x07", "line 2: this is not YAML"),
     ],
 )

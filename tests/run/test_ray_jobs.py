@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 from run.family import save_model, weight_bytes
 from run.merging import SMALL, small_models
+from servers.faults import Unavailable
+from servers.faulty_proxy import FaultyProxy, Rule
 from servers.ray_head import RayHead
+from servers.s3 import LoopbackS3
 
 import distmerge
 
@@ -68,6 +71,12 @@ def job_folder(tmp_path: Path, recipe: dict[str, Any]) -> Path:
     return folder
 
 
+def put_model(s3: LoopbackS3, model: str, prefix: str) -> None:
+    for path in Path(model).iterdir():
+        key = f"{prefix}/{path.name}"
+        s3.client().put_object(Bucket=s3.bucket, Key=key, Body=path.read_bytes())
+
+
 def files_below(folder: Path) -> dict[str, bytes]:
     found = {}
     for path in folder.rglob("*"):
@@ -89,7 +98,7 @@ def until(seen: Callable[[], bool], alive: Callable[[], bool]) -> bool:
     return True
 
 
-def test_a_nodes_metrics_tell_of_bytes_shards_and_retries(head, models, tmp_path):
+def test_a_nodes_metrics_tell_of_bytes_shards_and_reruns(head, models, tmp_path):
     recipe = {
         "merge_method": "my.py:fragile",
         "models": [{"model": model} for model in models],
@@ -97,7 +106,7 @@ def test_a_nodes_metrics_tell_of_bytes_shards_and_retries(head, models, tmp_path
     }
     folder = job_folder(tmp_path, recipe)
     (folder / "my.py").write_text(FRAGILE)
-    names = ("units", "bytes_written", "bytes_read", "retries")
+    names = ("units", "bytes_written", "bytes_read", "reruns")
 
     def told() -> dict[str, float]:
         return {name: sum(head.metrics(f"ray_distmerge_{name}_total").values()) for name in names}
@@ -110,7 +119,7 @@ def test_a_nodes_metrics_tell_of_bytes_shards_and_retries(head, models, tmp_path
         found = told()
         # The killed worker may have told of its bytes before it was killed, or not.
         return (
-            (found["units"], found["bytes_written"], found["retries"]) == (3, 3 * size, 1)
+            (found["units"], found["bytes_written"], found["reruns"]) == (3, 3 * size, 1)
             and found["bytes_read"] >= 4 * 3 * size
         )  # fmt: skip
 
@@ -124,14 +133,41 @@ def test_a_nodes_metrics_tell_of_bytes_shards_and_retries(head, models, tmp_path
     assert job.wait() == 0, said
 
 
+def test_a_nodes_metrics_tell_of_requests_made_again(s3, head, models, tmp_path):
+    name = f"again-{uuid.uuid4().hex[:8]}"
+    for number, model in enumerate(models):
+        put_model(s3, model, f"{name}/{number}")
+    # Of each model the driver reads a header first; whatever comes later is a worker's.
+    rules = [Rule(Unavailable(503), f"{n}/model.safetensors", "GET", {3, 4}) for n in range(3)]
+    with FaultyProxy(s3.endpoint, rules) as proxy:
+        recipe = {
+            "merge_method": "my.py:fragile",
+            "models": [{"model": s3.url(f"{name}/{number}")} for number in range(3)],
+            "parameters": {"place": str(tmp_path)},
+            "storage_options": {"client_kwargs": {"endpoint_url": proxy.url}},
+        }
+        folder = job_folder(tmp_path, recipe)
+        (folder / "my.py").write_text(FRAGILE)
+        (tmp_path / "killed").touch()
+        job = head.submit(folder, *COMMAND, str(tmp_path / "out"), *ON_THE_CLUSTER, "--workers=1")
+
+        def told() -> float:
+            return sum(head.metrics("ray_distmerge_retries_total").values())
+
+        assert until(lambda: told() >= 6, lambda: job.poll() is None), told()
+        (tmp_path / "go").touch()
+        assert job.stdout is not None
+        said = job.stdout.read()
+        assert job.wait() == 0, said
+        assert told() == len(proxy.faults) == 6
+
+
 def test_a_job_from_s3_to_s3_writes_the_bytes_of_a_local_merge_and_shows_no_secret(
     s3, head, models, tmp_path
 ):
     name = f"job-{uuid.uuid4().hex[:8]}"
     for number, model in enumerate(models):
-        for path in Path(model).iterdir():
-            key = f"{name}/{number}/{path.name}"
-            s3.client().put_object(Bucket=s3.bucket, Key=key, Body=path.read_bytes())
+        put_model(s3, model, f"{name}/{number}")
     urls = [{"model": s3.url(f"{name}/{number}")} for number in range(3)]
     folder = job_folder(tmp_path, {"merge_method": "median", "models": urls})
     job = head.submit(folder, *COMMAND, s3.url(f"{name}/out"), *ON_THE_CLUSTER, "--json")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from run.family import names_below, weight_bytes
+from servers.ray_machine import machine_with_disk
 from servers.ray_nodes import RayNodes
 from servers.s3 import LoopbackS3
 from servers.traffic import SeenRequest
@@ -226,3 +227,33 @@ def test_workers_of_a_cluster_share_their_nodes_spool(s3, local, remote, tmp_pat
     assert len({result.scores["process"] for result in results}) == 2
     assert len([result for result in results if result.place]) == 2
     assert left_over(tmp_path / "there", tmp_path / "out") == []
+
+
+@pytest.mark.full
+def test_each_machine_of_a_cluster_has_a_spool_of_its_own(s3, local, remote, tmp_path):
+    """The second node sees another disk where the scratch folder is."""
+    there, disk = tmp_path / "there", tmp_path / "disk"
+    there.mkdir()
+    disk.mkdir()
+    cluster = RayNodes(1)
+    try:
+        with s3.recording() as seen, machine_with_disk(cluster.address, there, disk):
+            results = distmerge.sweep(
+                {**recipe(remote), "grid": {"parameters.density": DENSITIES}},
+                str(tmp_path / "out"),
+                evaluate={"function": f"{judging.__file__}:two", "at_once": 2},
+                keep="best 2 by loss",
+                engine="ray",
+                address=cluster.address,
+                scratch=str(there),
+                **options(s3, "1GiB"),
+            )
+            assert left_over(there, disk) == []
+    finally:
+        cluster.stop()
+    assert len({result.scores["process"] for result in results}) == 2
+    for name, folder in zip(MODELS, local, strict=True):
+        body = Path(folder, "model.safetensors").read_bytes()
+        times = times_sent(seen, f"/{s3.bucket}/spooled/{name}/model.safetensors", len(body))
+        assert set(times[HEADER:]) == {2}, name
+    assert len([result for result in results if result.place]) == 2

@@ -10,6 +10,7 @@ import torch
 import xxhash
 
 from distmerge.checkpoints.tensors import Checkpoint, FileInfo, TensorInfo
+from distmerge.credentials import redact
 from distmerge.errors import VerificationFailed
 from distmerge.write.manifest import (
     InputRecord,
@@ -18,7 +19,6 @@ from distmerge.write.manifest import (
     SkippedTensor,
     checksum,
     library_versions,
-    without_credentials,
 )
 
 NOTHING = f"xxh3_128:{xxhash.xxh3_128_hexdigest(b'')}"
@@ -153,13 +153,13 @@ SECRETS = [
 
 @pytest.mark.parametrize(("text", "expected"), SECRETS)
 def test_credentials_are_taken_out(text, expected):
-    hidden = without_credentials(text)
+    hidden = redact(text)
     assert "***" in hidden
     if expected is not None:
         assert hidden == expected
     for secret in ("wJalr", "pass", "abc%2B", "=AA", "=bb", "abcdefghij", "two words", "AKIA"):
         assert secret not in hidden
-    assert without_credentials(hidden) == hidden
+    assert redact(hidden) == hidden
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_credentials_are_taken_out(text, expected):
     ],
 )
 def test_what_holds_no_credentials_stays(text):
-    assert without_credentials(text) == text
+    assert redact(text) == text
 
 
 def test_nothing_stored_in_a_manifest_holds_credentials():
