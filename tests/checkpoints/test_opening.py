@@ -426,7 +426,9 @@ def test_the_index_decides_between_two_holders(tmp_path):
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", "\xff", r'{"a": {"b": ["\ud800"]}}', r'{"\udc00": 1}', "[" * 10**5]
+)
 def test_a_broken_config(tmp_path, text):
     single(tmp_path)
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
