@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import time
 from pathlib import Path
 
 import fsspec
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from distmerge.checkpoints import local_store
 from distmerge.checkpoints.opening import open_checkpoint, open_checkpoints, open_store
 from distmerge.errors import CheckpointError, CheckpointNotFound, MalformedCheckpoint, ReadFailed
 
@@ -298,6 +300,22 @@ def test_an_adapter_alone_is_refused_and_beside_weights_noticed(tmp_path):
     checkpoint = open_checkpoint(tmp_path)
     assert_same(read_tensors(checkpoint), tensors(1))
     assert any("adapter_model" in notice for notice in checkpoint.notices)
+
+
+@pytest.mark.parametrize("place", ["/", "/dev"])
+def test_the_machine_itself_is_no_model(place):
+    began = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"is not a checkp|holds more than|may not read"):
+        open_checkpoint(place)
+    assert time.monotonic() - began < 30
+
+
+def test_folders_count_as_files_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(local_store, "MOST_FILES", 20)
+    for n in range(21):
+        (tmp_path / str(n)).mkdir()
+    with pytest.raises(CheckpointError, match="more than 20 files"):
+        open_checkpoint(tmp_path)
 
 
 def test_loose_files_that_share_a_key_are_ambiguous(tmp_path):
