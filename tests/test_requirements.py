@@ -19,9 +19,10 @@ INDIRECT = {
     "botocore": "s3fs",
     "click": "ray",
     "packaging": "transformers",
+    "pydantic-core": "pydantic",
     "werkzeug": "flask",
 }
-"""Used in tests -> what brings it along, since the two have to fit."""
+"""Used here -> what brings it along, since the two have to fit."""
 
 
 def required(*extras: str) -> dict[str, Requirement]:

@@ -55,6 +55,7 @@ def with_adapter(base: Checkpoint, adapter: Checkpoint, config: AdapterConfig) -
         MalformedCheckpoint: they contradict one another.
     """
     found = _sort(adapter)
+    config.check_modules(len(found.modules), adapter.url)
     presented = base.presented
     keys = _own_names(base, presented, found, adapter.url)
     views: dict[str, View] = {}

@@ -70,12 +70,21 @@ def read_json(store: Store, file: FileInfo) -> dict[str, Any]:
     """A small JSON file. Raises MalformedCheckpoint if it isn't an object."""
     if file.size > LARGEST_CONFIG:
         raise MalformedCheckpoint(f"{file.path} is too large: {file.size:,} bytes.")
+    return parse_json(read_bytes(store, file, 0, file.size), file.path)
+
+
+def parse_json(content: bytes, file: str) -> dict[str, Any]:
+    """What a JSON file holds. Raises MalformedCheckpoint if it isn't an object."""
     try:
-        found = json.loads(read_bytes(store, file, 0, file.size))
+        found = json.loads(content)
+        # Python lets half a surrogate pair through, which nothing could write again.
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise MalformedCheckpoint(f"{file} is not valid Unicode.", str(error)[:200]) from error
     except (ValueError, RecursionError) as error:
-        raise MalformedCheckpoint(f"{file.path} is not JSON.", str(error)[:200]) from error
+        raise MalformedCheckpoint(f"{file} is not JSON.", str(error)[:200]) from error
     if not isinstance(found, dict):
-        raise MalformedCheckpoint(f"{file.path} is not a JSON object.")
+        raise MalformedCheckpoint(f"{file} is not a JSON object.")
     return found
 
 

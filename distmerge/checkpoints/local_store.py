@@ -23,7 +23,7 @@ from distmerge.errors import (
 )
 
 MOST_FILES = 50_000
-"""A directory with more than that is somebody's disk, not a model."""
+"""A directory with more than that, folders included, is somebody's disk, not a model."""
 
 
 class LocalStore:
@@ -106,9 +106,15 @@ def walk_files(
     """
     seen: set[tuple[int, int]] = set()
     count = 0
-    for folder, folders, names in os.walk(root, followlinks=follow, onerror=_raise):
-        here = os.stat(folder)
-        if (here.st_dev, here.st_ino) in seen:
+    for folder, folders, names in os.walk(root, followlinks=follow, onerror=_unless_gone(root)):
+        here = _stat(folder)
+        count += 1 + len(names)
+        if count > MOST_FILES:
+            raise CheckpointError(
+                f"{root} holds more than {MOST_FILES:,} files, so it is not a model.",
+                fix="name the model's own directory",
+            )
+        if here is None or (here.st_dev, here.st_ino) in seen:
             folders.clear()
             continue
         seen.add((here.st_dev, here.st_ino))
@@ -117,17 +123,9 @@ def walk_files(
             if not hidden and name.startswith("."):
                 continue
             path = os.path.join(folder, name)
-            if not os.path.exists(path):
-                continue  # a dangling link, or deleted just now: as if it weren't there
-            info = os.stat(path)
-            if not stat.S_ISREG(info.st_mode):
+            info = _stat(path)
+            if info is None or not stat.S_ISREG(info.st_mode):
                 continue
-            count += 1
-            if count > MOST_FILES:
-                raise CheckpointError(
-                    f"{root} holds more than {MOST_FILES:,} files, so it is not a model.",
-                    fix="name the model's own directory",
-                )
             yield Path(path).relative_to(root).as_posix(), info
 
 
@@ -136,8 +134,19 @@ def tag_of(info: os.stat_result) -> str:
     return f"{info.st_size}-{info.st_mtime_ns}-{info.st_ino}"
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _stat(path: str) -> os.stat_result | None:
+    """None for a dangling link, or what was deleted just now: as if it weren't there."""
+    return os.stat(path) if os.path.exists(path) else None
+
+
+def _unless_gone(root: str) -> Callable[[OSError], None]:
+    """A folder below the root may go while we look."""
+
+    def told(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | ProcessLookupError) or error.filename == root:
+            raise error
+
+    return told
 
 
 def _check(descriptor: int, path: str, unchanged: Callable[[os.stat_result], bool]) -> None:
@@ -155,7 +164,8 @@ def _explain(error: OSError, root: str, file: str) -> DistmergeError:
             return SourceChanged(f"{path} is gone: it was there when the model was opened.")
         return CheckpointNotFound(f"There is no directory {root!r} on this machine.")
     if isinstance(error, PermissionError):
+        denied = error.filename or path
         return AccessDenied(
-            f"You may not read {path}.", fix=f"chmod +r {path}, or run as its owner"
+            f"You may not read {denied}.", fix=f"chmod +r {denied}, or run as its owner"
         )
     return ReadFailed(f"Could not read {path}.", f"{type(error).__name__}: {error}")

@@ -150,12 +150,16 @@ def _reads_as_file(text: str) -> bool:
 
 
 def _locate_path(text: str) -> Location | None:
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))  # a user that isn't there is no error
     if path.is_dir():
         return Location("local", os.path.abspath(path))
     if path.is_file():
         full = Path(os.path.abspath(path))
         return Location("local", str(full.parent), file=full.name)
+    if os.path.exists(path):
+        raise CheckpointError(
+            f"{text!r} is neither a directory nor a regular file.", fix="name a model's directory"
+        )
     return None
 
 

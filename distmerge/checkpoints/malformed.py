@@ -13,6 +13,11 @@ ReadRange = Callable[[int, int], bytes]
 LARGEST = 2**63 - 1
 """The largest size, offset or element count that torch and file systems can hold."""
 
+MAX_DIMENSIONS = 64
+"""Of a tensor; torch's own limit for most operations."""
+
+LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
+
 _QUOTE = reprlib.Repr()
 _QUOTE.maxstring = _QUOTE.maxother = _QUOTE.maxlong = 160
 

@@ -13,7 +13,14 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from distmerge.checkpoints.malformed import LARGEST, ReadRange, check_content, cut_short, quoted
+from distmerge.checkpoints.malformed import (
+    LARGEST,
+    MAX_DIMENSIONS,
+    ReadRange,
+    check_content,
+    cut_short,
+    quoted,
+)
 from distmerge.checkpoints.tensors import DTYPE_BYTES, TensorInfo
 from distmerge.errors import MalformedCheckpoint, OutputError
 
@@ -204,6 +211,9 @@ def _tensor(name: str, entry: object, data_start: int, file: str) -> TensorInfo:
 
 
 def _check_shape(name: str, shape: tuple[Any, ...], file: str) -> None:
+    if len(shape) > MAX_DIMENSIONS:
+        fact = f"it has {len(shape):,} dimensions; torch knows {MAX_DIMENSIONS}"
+        raise _refusal(file, name, fact)
     bound = 1
     for extent in shape:
         if not _is_whole(extent):

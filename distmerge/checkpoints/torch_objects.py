@@ -9,11 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from distmerge.checkpoints.malformed import LARGEST, quoted
+from distmerge.checkpoints.malformed import LARGEST, MAX_DIMENSIONS, quoted
 from distmerge.checkpoints.tensors import DTYPE_BYTES
-
-MAX_DIMENSIONS = 64
-"""Of a tensor; torch's own limit for most operations."""
 
 
 @dataclass(frozen=True, slots=True)

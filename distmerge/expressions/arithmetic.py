@@ -6,6 +6,7 @@ sides, and what may stand on the other side.
 
 from __future__ import annotations
 
+import math
 import numbers
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from distmerge.errors import DtypeMismatch, ParameterError, ShapeMismatch
 from distmerge.expressions.nodes import OnMissing, Operator
+from distmerge.methods.parameters import LARGEST, SMALLEST, fits
 
 _OPERATIONS: Mapping[Operator, Callable[[Any, Any], Tensor]] = {
     "+": operator.add,
@@ -127,7 +129,24 @@ def as_number(operand: Any) -> float | None:
     """A real number, or a zero-dimensional tensor's or array's value; None for anything else."""
     if isinstance(operand, Tensor | np.ndarray) and operand.ndim == 0:
         operand = operand.item()
-    return float(operand) if isinstance(operand, numbers.Real) else None
+    try:
+        return float(operand) if isinstance(operand, numbers.Real) else None
+    except OverflowError:
+        return math.inf
+
+
+def check_number(operator: Operator, number: float, *, divides: bool) -> None:
+    """Refuse a number that float32 makes infinite, or zero where something is divided by it.
+    Raises ParameterError."""
+    vanishes = operator == "/" and divides and abs(number) <= SMALLEST / 2
+    if fits(number) and not vanishes:
+        return
+    does = f"divide by {number!r}" if operator == "/" and divides else f"calculate with {number!r}"
+    raise ParameterError(
+        f"a merge can't {does}, which float32 doesn't hold.",
+        f"it holds numbers from {SMALLEST:.1e} to {LARGEST:.1e}",
+        fix="give a number of ordinary size",
+    )
 
 
 def as_tensor(operand: Any) -> Tensor | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distmerge.errors import ParameterError
 from distmerge.methods.method import MergeMethod
-from distmerge.methods.parameters import Fallback, Filtered, Gradient
+from distmerge.methods.parameters import Fallback, Filtered, Gradient, fits, too_large
 
 CALL_WORDS: Mapping[str, str] = {
     "k": "density",
@@ -99,7 +99,9 @@ def _checked(
     for one in values:
         if one is not None and not isinstance(one, Gradient | Filtered | Fallback):
             try:
-                declared.check(one, method.name)
+                checked = declared.check(one, method.name)
+                if method.builtin and not fits(checked):
+                    raise too_large(method.name, name, checked)
             except ParameterError as error:
                 raise ParameterError(
                     error.headline, *error.facts, *_origin(name, called), fix=error.fix

@@ -14,7 +14,8 @@ from collections.abc import Collection, Iterable, Mapping
 from importlib.resources import files
 from typing import Any
 
-from distmerge.errors import RecipeError
+from distmerge.checkpoints.heads import parse_json
+from distmerge.errors import MalformedCheckpoint, RecipeError
 from distmerge.expressions.tokenizer_files import CONFIG, TEMPLATE, TEMPLATES, TokenizerFiles
 
 AUTO = "auto"
@@ -87,12 +88,9 @@ def with_template(
 
 def _object(content: bytes, name: str, whose: str) -> Mapping[str, Any]:
     try:
-        found = json.loads(content)
-    except ValueError as error:
-        raise RecipeError(
-            f"{name} of {whose} is not JSON.", str(error), fix="fetch the file again"
-        ) from None
-    return found if isinstance(found, dict) else {}
+        return parse_json(content, f"{name} of {whose}")
+    except MalformedCheckpoint as error:
+        raise RecipeError(error.headline, *error.facts, fix="fetch the file again") from None
 
 
 def _parse(template: str) -> None:

@@ -22,6 +22,7 @@ from distmerge.expressions.arithmetic import (
     as_tensor,
     as_tensors,
     at_most,
+    check_number,
     counted,
     module_of,
     shape_text,
@@ -233,6 +234,7 @@ class LazyStateDict(Arithmetic, Mapping[str, Tensor]):
     ) -> Self:
         number = as_number(other)
         if number is not None:
+            check_number(operator, number, divides=not swapped)
             sides = (number, self.expression) if swapped else (self.expression, number)
             return self._with(Binary(operator, *sides))
         if (tensor := as_tensor(other)) is not None:

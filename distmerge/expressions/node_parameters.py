@@ -8,7 +8,9 @@ from typing import Any
 from distmerge.errors import ParameterError
 from distmerge.expressions.nodes import Apply
 from distmerge.methods.method import REQUIRED
-from distmerge.methods.parameters import NO_MATCH, Layers, resolve
+from distmerge.methods.parameters import LARGEST, NO_MATCH, Layers, fits, resolve
+
+_SHOWN = 5
 
 
 class NodeParameters:
@@ -62,17 +64,21 @@ class NodeParameters:
             return [default] * count if declared.per_model else default
         value = given[name]
         if not declared.per_model:
-            return self._checked_value(node, name, resolve(value, key, layers), key)
+            only = self._checked_value(node, name, resolve(value, key, layers), key)
+            _check_size(node, name, [only])
+            return only
         values = value if isinstance(value, tuple) else (value,) * count
         if len(values) != count:
             raise ParameterError(
                 f"{node.method.name}: {name} has {len(values)} values for {count} models.",
                 fix="give one for each model, the base not counted",
             )
-        return [
+        found = [
             self._checked_value(node, name, resolve(v, key, layers, own), key)
             for v, own in zip(values, own_keys or [key] * count, strict=True)
         ]
+        _check_size(node, name, found)
+        return found
 
     def _checked_value(self, node: Apply, name: str, value: Any, key: str) -> Any:
         declared = node.method.parameters[name]
@@ -93,6 +99,23 @@ class NodeParameters:
                 fix=f"parameters: {{{name}: ...}}",
             )
         return default
+
+
+def _check_size(node: Apply, name: str, values: Sequence[Any]) -> None:
+    """Refuse numbers of a method of ours that are infinite in float32, alone or added up, since
+    what is divided by them is zero. Raises ParameterError."""
+    floats = [value for value in values if isinstance(value, float)]
+    if not node.method.builtin or fits(sum(map(abs, floats))):
+        return
+    alone = all(map(fits, floats))
+    models = node.models if node.method.parameters[name].per_model else ()
+    whose = [f"{model}: {value!r}" for model, value in zip(models, values, strict=bool(models))]
+    what = "add up to" if alone else "be"
+    raise ParameterError(
+        f"{node.method.name}: {name} can't {what} more than float32 holds, {LARGEST:.1e}.",
+        ", ".join(whose[:_SHOWN]) or f"{name}: {values[0]!r}",
+        fix=f"{name}: 1.0",
+    )
 
 
 def _resolve_all(value: Any, key: str, layers: Layers) -> Any:

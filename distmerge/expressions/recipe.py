@@ -59,7 +59,7 @@ from distmerge.expressions.recipe_text import (
     override,
     read_documents,
 )
-from distmerge.expressions.recipe_tokenizer import TokenizerSection, one_section
+from distmerge.expressions.recipe_tokenizer import FORMS, TokenizerSection, one_section
 from distmerge.expressions.recipe_values import Values, read_values
 from distmerge.expressions.request import MergeRequest
 from distmerge.expressions.yaml_lines import KeyPath
@@ -279,7 +279,7 @@ def _validated(
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        raise explained(error, document) from None
+        raise explained(error, document, hidden=FORMS) from None
     check_storage_options(recipe.storage_options)
     recipe._document = document
     one_section(recipe.tokenizer, recipe.tokenizer_source, document)

@@ -63,10 +63,10 @@ class _Builder:
         if isinstance(node, ast.UnaryOp):
             value = self._operand(node.operand)
             return -value if isinstance(node.op, ast.USub) else +value
-        if isinstance(node, ast.BinOp):
-            return self._binary(node, _OPERATORS[type(node.op)])
-        assert isinstance(node, ast.Call)
+        assert isinstance(node, ast.Call | ast.BinOp)
         try:
+            if isinstance(node, ast.BinOp):
+                return self._binary(node, _OPERATORS[type(node.op)])
             return self._call(node)
         except DistmergeError as error:
             if any(text.endswith(" of merge") or " of merge: " in text for text in error.args):

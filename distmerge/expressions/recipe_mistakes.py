@@ -38,6 +38,8 @@ EXAMPLES = {
     "tokenizer_source": "tokenizer_source: union, base or org/name",
     "chat_template": "chat_template: auto, chatml, or a template in Jinja",
     "tokens": "tokens: {'<|im_start|>': {source: org/name}}",
+    "kind": "source: {kind: zero}, or {kind: model_token, model: org/name, token_id: 3}",
+    "token_id": "token_id: 3",
     "pad_to_multiple_of": "pad_to_multiple_of: 64",
     "passthrough": "passthrough: [lm_head]",
     "storage_options": "storage_options: {'s3://bucket/': {endpoint_url: ...}}",

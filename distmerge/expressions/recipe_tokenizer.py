@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from distmerge.checkpoints.location import HUB_SCHEME, Location
 from distmerge.errors import CheckpointNotFound, DistmergeError, RecipeError
@@ -47,12 +47,28 @@ class ModelToken(BaseModel):
         return self
 
 
+FORMS = ("(zero)", "(model_token)", "(model)")
+"""What pydantic calls the forms of a source."""
+_KINDS = "its kind is zero or model_token; a model is named without"
+
+
+def _form_of(given: Any) -> str | None:
+    """A mapping without a kind is a model, as a word is."""
+    kind = given.get("kind", "model") if isinstance(given, Mapping) else "model"
+    return f"({kind})" if kind in ("zero", "model_token", "model") else None
+
+
 class TokenRule(BaseModel):
     """Where the embedding of one token comes from."""
 
     model_config = ConfigDict(frozen=True)
 
-    source: Zero | ModelToken | ModelRef
+    source: Annotated[
+        Annotated[Zero, Tag(FORMS[0])]
+        | Annotated[ModelToken, Tag(FORMS[1])]
+        | Annotated[ModelRef, Tag(FORMS[2])],
+        Discriminator(_form_of, custom_error_type="kind", custom_error_message=_KINDS),
+    ]
     """A model stands for its own embedding of the token."""
     force: bool = False
     """Do models that have the token take it too?"""

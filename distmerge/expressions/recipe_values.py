@@ -8,15 +8,15 @@ weight: [{filter: mlp, value: [0, 1]}, {value: 0.2}]     the first that fits cou
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from distmerge.checkpoints.location import redact
 from distmerge.errors import ParameterError
-from distmerge.expressions.recipe_text import Document
+from distmerge.expressions.recipe_text import Document, at_path
 from distmerge.expressions.yaml_lines import KeyPath
 from distmerge.methods.method import MergeMethod, Parameter
-from distmerge.methods.parameters import Fallback, Filtered, Gradient
+from distmerge.methods.parameters import Fallback, Filtered, Gradient, fits, too_large
 
 Values = dict[str, Any]
 """Parameter name -> a scalar of the declared type, a `Gradient` or a `Filtered`."""
@@ -41,9 +41,16 @@ def read_values(
         try:
             values[name] = _read(value, declared, method.name)
         except ParameterError as error:
-            where = document.where((*path, name))
+            where = document.where((*path, name)) + _whose(path, document)
             raise ParameterError(error.headline, *error.facts, where, fix=error.fix) from None
     return values
+
+
+def _whose(path: KeyPath, document: Document) -> str:
+    """The model whose parameters stand there, for a message."""
+    owner = at_path(document.data, path[:-1])
+    model = owner.get("model") if isinstance(owner, Mapping) and len(path) > 1 else None
+    return f", for {redact(model)[:200]}" if isinstance(model, str) else ""
 
 
 def combine(levels: Iterable[Any]) -> Any:
@@ -88,12 +95,8 @@ def _scalar_or_gradient(value: Any, declared: Parameter, method: str) -> Any:
 
 def _checked(value: Any, declared: Parameter, method: str) -> Any:
     checked = declared.check(value, method)
-    if isinstance(checked, float) and not math.isfinite(checked):
-        raise ParameterError(
-            f"{method}: {declared.name} can't be {value!r}.",
-            "it has to be a finite number",
-            fix=f"'{declared.name}: 1.0', or see 'distmerge methods {method}'",
-        )
+    if not fits(checked):
+        raise too_large(method, declared.name, checked)
     return checked
 
 

@@ -10,10 +10,11 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from distmerge.checkpoints.embeddings import rows_of, with_rows
-from distmerge.checkpoints.heads import read_bytes
+from distmerge.checkpoints.heads import parse_json, read_bytes
+from distmerge.checkpoints.malformed import quoted
 from distmerge.checkpoints.opening import open_store
 from distmerge.checkpoints.store import StorageOptions
 from distmerge.checkpoints.tensors import Checkpoint
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 LARGEST = 256 << 20
 """Bytes of a file that can be a tokenizer's."""
+FARTHEST, GAP = 2, 10_000
+"""How far ids may go beyond rows or tokens: so many times as many, and so many more."""
 GENERATION = "generation_config.json"
 SHOWN = 5
 
@@ -80,6 +83,7 @@ def one_vocabulary(
     if source not in held:
         held[source] = tokenizer_of(source, options)
     rows = [rows_of(leaf.checkpoint) for leaf in models]
+    _check_ids(held[source].ids, max(rows), source)
     own = [
         {token: i for token, i in held[leaf].ids.items() if i < count}
         for leaf, count in zip(models, rows, strict=True)
@@ -108,6 +112,18 @@ def one_vocabulary(
     )
 
 
+def _check_ids(ids: Mapping[str, int], rows: int, source: Leaf) -> None:
+    """Refuse ids that would make embeddings of mostly nothing: each number up to the largest gets
+    a row. Raises RecipeError."""
+    last = max(ids, key=ids.__getitem__, default=None)
+    if last is not None and ids[last] >= FARTHEST * max(rows, len(ids)) + GAP:
+        raise RecipeError(
+            f"The tokenizer of {source} gives {quoted(last)} the id {ids[last]:,}.",
+            f"it has {len(ids):,} tokens, and embeddings have {rows:,} rows",
+            fix="correct its tokenizer.json, or name another model: tokenizer: {source: ...}",
+        )
+
+
 def _told(
     checkpoint: Checkpoint, own: Mapping[str, int], source: Leaf, out: Tokens, count: int
 ) -> Checkpoint:
@@ -123,6 +139,7 @@ def tokenizer_of(leaf: Leaf, options: StorageOptions) -> Tokens:
 
     Raises
         RecipeError: it has none, or transformers can't load it.
+        MalformedCheckpoint: a file that should be a JSON object isn't.
     """
     from distmerge.huggingface.tokenizers import read_tokenizer  # a door upward
 
@@ -131,6 +148,9 @@ def tokenizer_of(leaf: Leaf, options: StorageOptions) -> Tokens:
         raise RecipeError(
             f"{leaf} has no tokenizer.", fix="leave 'tokenizer:' out, or copy one to the model"
         )
+    for name, content in files.items():
+        if name.endswith(".json"):
+            parse_json(content, f"{name} of {leaf}")
     return read_tokenizer(str(leaf), files)
 
 
@@ -189,8 +209,11 @@ def _generation(
     if not mine or source == donor:
         return {}
     theirs = read_files(source, [GENERATION], options)
-    origin: Any = json.loads(theirs[GENERATION]) if theirs else source.checkpoint.config
-    edited = with_token_ids(json.loads(mine[GENERATION]), own.ids, origin or {}, out.ids)
+    origin = source.checkpoint.config
+    if theirs:
+        origin = parse_json(theirs[GENERATION], f"{GENERATION} of {source}")
+    given = parse_json(mine[GENERATION], f"{GENERATION} of {donor}")
+    edited = with_token_ids(given, own.ids, origin or {}, out.ids)
     return {GENERATION: (json.dumps(edited, indent=2) + "\n").encode()}
 
 

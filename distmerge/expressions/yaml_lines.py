@@ -98,10 +98,12 @@ class _Reading:
         self._origin = origin
         self._loader = loader
         self._values = 0
+        self._nodes: set[int] = set()
         self._checked: set[int] = set()
 
     def build(self, node: yaml.Node, path: KeyPath) -> Any:
         """The node's value, lists and mappings with all below them."""
+        self._nodes.add(id(node))
         self._count(path)
         if node.tag not in _PLAIN_TAGS:
             raise RecipeError(
@@ -173,13 +175,22 @@ class _Reading:
     def _count(self, path: KeyPath) -> None:
         self._values += 1
         if self._values > MOST_VALUES:
-            raise RecipeError(
-                f"{self._origin} expands to more than {MOST_VALUES:,} values.",
-                "its aliases (*name) repeat one another",
-                fix="write the values out",
-            )
+            raise self._too_many()
         if len(path) > DEEPEST:
             raise _too_deep(self._origin)
+
+    def _too_many(self) -> RecipeError:
+        if len(self._nodes) >= MOST_VALUES:
+            return RecipeError(
+                f"{self._origin} holds more than {MOST_VALUES:,} values, the most of a recipe.",
+                "each word, number, list and mapping is one",
+                fix="say more with each: a layer_range of many layers, a gradient, a filter",
+            )
+        return RecipeError(
+            f"{self._origin} expands to more than {MOST_VALUES:,} values.",
+            "its aliases (*name) repeat one another",
+            fix="write the values out",
+        )
 
 
 def _malformed(error: yaml.MarkedYAMLError, origin: str) -> RecipeError:

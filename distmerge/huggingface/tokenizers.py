@@ -41,14 +41,14 @@ def read_tokenizer(name: str, files: Files) -> Tokens:
             Path(folder, path).write_bytes(content)
         try:
             loaded = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            ids = dict(sorted(loaded.get_vocab().items(), key=lambda item: item[1]))
+        except Exception as error:  # what odd files make of the loader is anything
             raise RecipeError(
                 f"The tokenizer of {name} can't be loaded.",
-                str(error).split("\n")[0],
+                f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}",
                 fix="leave 'tokenizer:' out, or name a model whose files AutoTokenizer loads",
             ) from error
-    ids = dict(sorted(loaded.get_vocab().items(), key=lambda item: item[1]))
-    template = loaded.chat_template
+    template = getattr(loaded, "chat_template", None)
     return Tokens(name, files, ids, template if isinstance(template, str) else None, loaded)
 
 

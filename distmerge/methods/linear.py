@@ -13,6 +13,7 @@ from distmerge.errors import ParameterError
 from distmerge.methods.fusion import flat
 from distmerge.methods.method import PerModel
 from distmerge.methods.operands import bits, raw_loops, widened
+from distmerge.methods.parameters import fits
 from distmerge.methods.signature import describe
 
 Answers = Generator[Any, Any, Tensor]
@@ -43,7 +44,7 @@ def shares(weights: Sequence[float], method: str, option: str) -> list[float]:
     """The weights divided by their sum.
 
     Raises
-        ParameterError: the sum is zero.
+        ParameterError: the sum is zero, or nearly.
     """
     scale = sum(weights)
     if scale == 0.0:
@@ -52,7 +53,15 @@ def shares(weights: Sequence[float], method: str, option: str) -> list[float]:
             f"weights: {list(weights)}",
             fix=f"{option}: false",
         )
-    return [w / scale for w in weights]
+    found = [w / scale for w in weights]
+    if not all(map(fits, found)):
+        raise ParameterError(
+            f"{method}: the weights can't be divided by their sum, since float32 can't hold that.",
+            f"they add up to {scale!r}",
+            f"weights: {list(weights)}",
+            fix=f"{option}: false",
+        )
+    return found
 
 
 def _linear(models: list[Tensor], *, weight: PerModel[float], normalize: bool = True) -> Tensor:

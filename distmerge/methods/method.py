@@ -55,7 +55,7 @@ class Parameter:
         except ValidationError as error:
             reason = "; ".join(item["msg"] for item in error.errors())
             raise ParameterError(
-                f"{method}: {self.name} can't be {value!r}.", reason, fix=self._fix()
+                f"{method}: {self.name} can't be {value!r:.100}.", reason, fix=self._fix()
             ) from None
 
     def _fix(self) -> str:

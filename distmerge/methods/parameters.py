@@ -12,6 +12,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from distmerge.errors import ParameterError
+
+LARGEST = (2 - 2**-23) * 2.0**127
+"""What float32 holds: a larger number is infinite there, and what is divided by it zero."""
+SMALLEST = 2.0**-149
+"""float32's smallest number above zero."""
 NO_MATCH: Any = object()
 """No filter matched: the next level's value counts, or the method's default."""
 
@@ -62,6 +68,20 @@ class Fallback:
 
     def __str__(self) -> str:
         return " else ".join(map(str, self.levels))
+
+
+def fits(value: Any) -> bool:
+    """Can arithmetic in float32 take it? What is no float always fits."""
+    return not isinstance(value, float) or abs(value) <= LARGEST  # NaN is never less
+
+
+def too_large(method: str, name: str, value: float) -> ParameterError:
+    """The error for a number that doesn't fit."""
+    return ParameterError(
+        f"{method}: {name} can't be {value!r}.",
+        f"it has to be a finite number, and float32 holds up to {LARGEST:.1e}",
+        fix=f"'{name}: 1.0', or see 'distmerge methods {method}'",
+    )
 
 
 def resolve(value: Any, key: str, layers: Layers, name: str | None = None) -> Any:

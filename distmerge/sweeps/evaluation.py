@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from distmerge.errors import RecipeError
 from distmerge.methods.user_code import load_function
 
 Given = Literal["state_dict", "model", "pipeline"]
+LARGEST_TEXT = 256 << 20
+"""Bytes: all of it is held in memory, and every token of it scored for each candidate."""
 LOWER_IS_BETTER = ("perplexity", "loss")
 """Scores with these words in their name are good when they are low, unless it is said."""
 
@@ -187,13 +190,7 @@ def is_better_low(metric: str) -> bool:
 def _perplexity(wanted: Evaluate) -> Evaluator:
     from distmerge.huggingface.perplexity import text_perplexity
 
-    place = Path(str(wanted.perplexity)).expanduser()
-    try:
-        text = place.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"The text for perplexity can't be read: {error}", fix="evaluate: {perplexity: FILE}"
-        ) from None
+    place, text = _read_text(str(wanted.perplexity))
     score = functools.partial(
         text_perplexity, text=text, context=wanted.context, stride=wanted.stride
     )
@@ -201,6 +198,24 @@ def _perplexity(wanted: Evaluate) -> Evaluator:
     return Evaluator(
         score, "pipeline", f"perplexity on {place.name}", _digest("perplexity", settings, text)
     )
+
+
+def _read_text(name: str) -> tuple[Path, str]:
+    """A file and what it holds. Raises RecipeError."""
+    try:
+        place = Path(name).expanduser()
+        if place.exists() and not place.is_file():
+            raise OSError(f"{name} is no regular file")
+        with place.open("rb") as file:
+            content = file.read(LARGEST_TEXT + 1)
+        if len(content) > LARGEST_TEXT:
+            raise OSError(f"{name} has more than {LARGEST_TEXT:,} bytes")
+        # As a text file is read: any way to end a line is one.
+        return place, io.StringIO(content.decode("utf-8"), newline=None).read()
+    except (OSError, RuntimeError, ValueError) as error:  # no such user, a NUL, no UTF-8
+        raise RecipeError(
+            f"The text for perplexity can't be read: {error}", fix="evaluate: {perplexity: FILE}"
+        ) from None
 
 
 def _source(function: Callable[..., Any]) -> str:

@@ -114,6 +114,18 @@ def test_paths_that_are_not_there(here, name):
         locate(name)
 
 
+@pytest.mark.parametrize("name", ["/dev/zero", "/dev/null", "pipe"])
+def test_what_is_no_file_of_bytes_is_refused(here, name):
+    os.mkfifo("pipe")
+    with pytest.raises(CheckpointError, match=f"'{name}' is neither a directory nor a regular"):
+        locate(name)
+
+
+def test_a_user_that_is_not_there(here):
+    with pytest.raises(CheckpointNotFound, match="no file or directory '~nobody-of"):
+        locate("~nobody-of-that-name/model")
+
+
 def test_a_path_object_is_never_a_hub_id(here):
     with pytest.raises(CheckpointNotFound):
         locate(Path("gpt2"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import time
 from pathlib import Path
 
 import fsspec
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from distmerge.checkpoints import local_store
 from distmerge.checkpoints.opening import open_checkpoint, open_checkpoints, open_store
 from distmerge.errors import CheckpointError, CheckpointNotFound, MalformedCheckpoint, ReadFailed
 
@@ -300,6 +302,22 @@ def test_an_adapter_alone_is_refused_and_beside_weights_noticed(tmp_path):
     assert any("adapter_model" in notice for notice in checkpoint.notices)
 
 
+@pytest.mark.parametrize("place", ["/", "/dev"])
+def test_the_machine_itself_is_no_model(place):
+    began = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"is not a checkp|holds more than|may not read"):
+        open_checkpoint(place)
+    assert time.monotonic() - began < 30
+
+
+def test_folders_count_as_files_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(local_store, "MOST_FILES", 20)
+    for n in range(21):
+        (tmp_path / str(n)).mkdir()
+    with pytest.raises(CheckpointError, match="more than 20 files"):
+        open_checkpoint(tmp_path)
+
+
 def test_loose_files_that_share_a_key_are_ambiguous(tmp_path):
     save_file(tensors(), tmp_path / "a.safetensors")
     save_file(tensors(), tmp_path / "b.safetensors")
@@ -426,7 +444,9 @@ def test_the_index_decides_between_two_holders(tmp_path):
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", "\xff", r'{"a": {"b": ["\ud800"]}}', r'{"\udc00": 1}', "[" * 10**5]
+)
 def test_a_broken_config(tmp_path, text):
     single(tmp_path)
     (tmp_path / "config.json").write_text(text, encoding="latin-1")

@@ -80,6 +80,7 @@ MERGED_LAUGHS = "a0: &a0 {x: 1, y: 2}\n" + "".join(
     ("text", "headline"),
     [
         (LAUGHS, "expands to more than 100,000 values"),
+        ("a: [" + "1, " * 100_001 + "1]", "holds more than 100,000 values"),
         (MERGED_LAUGHS, "expands to more than 100,000 values"),
         ("a: &a [*a]", "nested more than 50 levels"),
         ("a: &a {<<: *a}", "nested more than 50 levels"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -330,8 +331,74 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "qalora": ({"use_qalora": True}, "use_qalora"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
     "of the future": ({"use_quantum": True}, "use_quantum"),
-    "no rank": ({"r": None}, "usable r"),
+    "no rank": ({"r": None}, "r: "),
 }
+
+
+ODD: dict[str, tuple[dict[str, Any], str]] = {
+    "a fraction": ({"r": 2.7}, "r: .*whole|r: .*integer"),
+    "text for a number": ({"r": "3"}, "r: "),
+    "infinite rank": ({"r": math.inf}, "r: "),
+    "no number": ({"r": math.nan}, "r: "),
+    "no rank": ({"r": 0}, "r: "),
+    "an endless rank": ({"r": 10**400}, "r: "),
+    "true": ({"r": True}, "r: "),
+    "infinite alpha": ({"lora_alpha": -math.inf}, "lora_alpha: "),
+    "no alpha": ({"lora_alpha": math.nan}, "lora_alpha: "),
+    "more than float32 holds": ({"lora_alpha": 1e39}, "lora_alpha: "),
+    "a word for yes": ({"use_rslora": "x"}, "use_rslora: "),
+    "one for yes": ({"fan_in_fan_out": 1}, "fan_in_fan_out: "),
+    "a list of patterns": ({"rank_pattern": ["c"]}, "rank_pattern: "),
+    "a pattern for a word": ({"alpha_pattern": {"c": "x"}}, "alpha_pattern.c: "),
+    "a pattern for a list": ({"rank_pattern": {"c": [3]}}, "rank_pattern.c: "),
+    "a list for a type": ({"peft_type": ["LORA"]}, "LORA"),
+    "a list of beginnings": ({"init_lora_weights": ["pissa"]}, "init_lora_weights"),
+    "looking around": ({"rank_pattern": {"(?=c)c": 3}}, "can't be matched: '\\(\\?=c"),
+    "repeating itself": ({"alpha_pattern": {r"(c)\1": 3}}, "can't be matched"),
+    "no expression": ({"rank_pattern": {"(": 3}}, "can't be matched"),
+    "a long one": ({"rank_pattern": {"c" * 1001: 3}}, "1,001 characters"),
+    "many": ({"rank_pattern": {f"c{i}": 3 for i in range(10_001)}}, "10,001 patterns"),
+    "many costly ones": ({"rank_pattern": {f"c+{i}": 3 for i in range(101)}}, "101 patterns"),
+    "half a character": ({"rank_pattern": {"\ud800": 3}}, "Unicode"),
+}
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_values_that_peft_never_writes_are_refused(tmp_path, what):
+    config, named = ODD[what]
+    base = save_model(large(), tmp_path / "base")
+    adapter = by_hand(tmp_path / "adapter", pair("c", large()["c.weight"], 0), **config)
+    with pytest.raises(CheckpointError, match=named) as refused:
+        distmerge.open(f"{base}+{adapter}")
+    assert "adapter" in str(refused.value)
+
+
+def test_a_pattern_takes_no_longer_than_its_name(tmp_path):
+    module = "a" * 5000
+    tensor = torch.ones(4, 4)
+    base = save_model({f"{module}!.weight": tensor}, tmp_path / "base")
+    hostile = {"(a+)+$": 5, "(a|a)*b": 5, "(.*a){40}x": 5, r"(\w{0,9}){0,9}!": 3}
+    tensors = pair(f"{module}!", tensor, 0)
+    patterns = {"rank_pattern": hostile, "alpha_pattern": hostile}
+    adapter = by_hand(tmp_path / "adapter", tensors, **patterns)
+    began = time.monotonic()
+    found = distmerge.open(f"{base}+{adapter}").collect()
+    assert time.monotonic() - began < 10
+    a, b = tensors.values()
+    assert torch.allclose(found[f"{module}!.weight"], tensor + 2 * b @ a, rtol=1e-5)
+
+
+def test_patterns_that_would_be_gone_through_for_hours_are_refused(tmp_path):
+    modules = [f"m{i}" for i in range(2_100)]
+    base = save_model({f"{m}.weight": torch.ones(1, 1) for m in modules}, tmp_path / "base")
+    tensors: dict[str, Tensor] = {}
+    for module in modules:
+        tensors[f"base_model.model.{module}.lora_A.weight"] = torch.ones(3, 1)
+        tensors[f"base_model.model.{module}.lora_B.weight"] = torch.ones(1, 3)
+    many = {f"x.{i}": 3 for i in range(9_999)}
+    adapter = by_hand(tmp_path / "adapter", tensors, rank_pattern=many)
+    with pytest.raises(MalformedCheckpoint, match="2,100 modules and too many patterns"):
+        distmerge.open(f"{base}+{adapter}")
 
 
 @pytest.mark.parametrize("what", REFUSED)

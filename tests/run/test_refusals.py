@@ -27,6 +27,7 @@ from distmerge.errors import (
     NonFiniteResult,
     OutputError,
     OutputExists,
+    ParameterError,
     ShapeMismatch,
     SourceChanged,
 )
@@ -190,6 +191,33 @@ def test_an_overflow_of_the_written_dtype_is_not_finite_either(tmp_path):
         distmerge.merge(recipe, str(tmp_path / "out"), out_dtype="float16")
     distmerge.merge(recipe, str(tmp_path / "out"), out_dtype="bfloat16")
     assert tensors_at(tmp_path / "out")["d"].dtype == torch.bfloat16
+
+
+LARGE = 3e38
+WEIGHTS: dict[str, tuple[str, list[float], dict[str, Any], str]] = {
+    "one": ("linear", [1e308, 1.0], {}, "linear: weight can't be 1e.308"),
+    "sum": ("linear", [LARGE, LARGE], {}, "add up to more than float32 holds(.|\n)*0: 3e.38, 1:"),
+    "near zero": ("linear", [1.0, -1.0, 1e-300], {}, "the weights can't be divided"),
+    "ties": ("ties", [1.0, LARGE, LARGE], {}, "ties: weight can't add up"),
+    "lambda": ("task_arithmetic", [1.0], {"lambda": 1e39}, "lambda can't be"),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_weights_that_float32_cannot_hold_are_refused_before_any_read(tmp_path, no_reads, case):
+    method, weights, fields, words = WEIGHTS[case]
+    places = [save_model(m, tmp_path / str(i)) for i, m in enumerate(small_models(len(weights)))]
+    models = [
+        {"model": place, "parameters": {"weight": weight}}
+        for place, weight in zip(places, weights, strict=True)
+    ]
+    base = {"base_model": places[0]} if method != "linear" else {}
+    recipe = {"merge_method": method, "models": models, "parameters": fields, **base}
+    with pytest.raises(ParameterError, match=words) as refused:
+        distmerge.merge(recipe, str(tmp_path / "out"))
+    assert case != "one" or places[0] in str(refused.value)
+    assert not no_reads
+    assert not (tmp_path / "out").exists()
 
 
 # --- outputs

@@ -30,6 +30,7 @@ from distmerge.run.collect import collect
 from distmerge.run.options import MergeOptions
 from distmerge.sweeps import candidates
 from distmerge.sweeps.definition import load_sweep
+from distmerge.sweeps.evaluation import LARGEST_TEXT
 from distmerge.sweeps.plan import plan_sweep
 
 JUDGING = judging.__file__
@@ -358,6 +359,10 @@ def test_perplexity_is_that_of_transformers_own_loss(gpts, tmp_path):
         ({"evaluate": f"{JUDGING}:nothing"}, UnknownMethod, "defines no 'nothing'"),
         ({"evaluate": {"given": "model"}}, RecipeError, "a function, or perplexity"),
         ({"evaluate": {"perplexity": "nowhere.txt"}}, RecipeError, "text .* can't be read"),
+        ({"evaluate": {"perplexity": "/dev/zero"}}, RecipeError, "no regular file"),
+        ({"evaluate": {"perplexity": "."}}, RecipeError, "no regular file"),
+        ({"evaluate": {"perplexity": "~nobody-of-that-name/x"}}, RecipeError, "can't be read"),
+        ({"evaluate": {"perplexity": "a\0b"}}, RecipeError, "can't be read"),
         ({"evaluate": {"function": "a:b", "given": "tensor"}}, RecipeError, "given"),
         ({"evaluate": {"function": "a:b", "stride": 4}}, RecipeError, "stride has no effect"),
         ({"evaluate": {"function": "a:b", "at_once": 0}}, RecipeError, "at_once"),
@@ -371,6 +376,14 @@ def test_perplexity_is_that_of_transformers_own_loss(gpts, tmp_path):
 def test_mistakes_are_told_in_words(recipe, tmp_path, keys, error, words):
     with pytest.raises(error, match=words):
         distmerge.sweep(recipe, str(tmp_path / "out"), **keys, **OPTIONS)
+
+
+def test_a_text_beyond_all_measure_is_refused(recipe, tmp_path):
+    with (tmp_path / "text").open("wb") as file:
+        file.truncate(LARGEST_TEXT + 1)
+    evaluate = {"perplexity": str(tmp_path / "text")}
+    with pytest.raises(RecipeError, match="more than 268,435,456 bytes"):
+        distmerge.sweep(recipe, str(tmp_path / "out"), evaluate=evaluate, **OPTIONS)
 
 
 @pytest.mark.full
