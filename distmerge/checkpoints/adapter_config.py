@@ -77,17 +77,31 @@ def read_adapter_config(found: Mapping[str, Any], place: str) -> AdapterConfig:
         raise _refused(f"{place} asks for {', '.join(asked)}, which isn't supported.")
     try:
         return AdapterConfig(
-            rank=int(found["r"]),
-            alpha=float(found["lora_alpha"]),
+            rank=_rank(found["r"]),
+            alpha=_finite(found["lora_alpha"]),
             root_rank=bool(found.get("use_rslora")),
-            ranks=dict(found.get("rank_pattern") or {}),
-            alphas=dict(found.get("alpha_pattern") or {}),
+            ranks={k: _rank(v) for k, v in dict(found.get("rank_pattern") or {}).items()},
+            alphas={k: _finite(v) for k, v in dict(found.get("alpha_pattern") or {}).items()},
             fan_in_fan_out=bool(found.get("fan_in_fan_out")),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
-            f"{place} has an adapter_config.json without usable r and lora_alpha.", str(error)[:200]
+            f"{place} has an adapter_config.json without usable r and lora_alpha.",
+            str(error)[:200],
+            fix="save the adapter again with peft, or correct the file",
         ) from error
+
+
+def _rank(given: Any) -> int:
+    if (rank := int(given)) < 1:
+        raise ValueError(f"a rank is a positive number, not {given!r}")
+    return rank
+
+
+def _finite(given: Any) -> float:
+    if not math.isfinite(alpha := float(given)):
+        raise ValueError(f"alpha is a finite number, not {given!r}")
+    return alpha
 
 
 def _for_module(patterns: Mapping[str, Any], module: str, default: Any) -> Any:

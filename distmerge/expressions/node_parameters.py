@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distmerge.errors import ParameterError
+from distmerge.expressions.filters import FilterUse
 from distmerge.expressions.nodes import Apply
 from distmerge.methods.method import REQUIRED
-from distmerge.methods.parameters import NO_MATCH, Layers, resolve
+from distmerge.methods.parameters import NO_MATCH, Fallback, Filtered, Layers, resolve
 
 
 class NodeParameters:
@@ -17,6 +18,7 @@ class NodeParameters:
     def __init__(self) -> None:
         self._constant: dict[int, Mapping[str, Any]] = {}
         self._checked: dict[tuple[int, str, type, Any], Any] = {}
+        self.filters = FilterUse()
 
     def of(
         self, node: Apply, key: str, layers: Layers, own_keys: Sequence[str] = ()
@@ -62,6 +64,7 @@ class NodeParameters:
             return [default] * count if declared.per_model else default
         value = given[name]
         if not declared.per_model:
+            self._note(value, key)
             return self._checked_value(node, name, resolve(value, key, layers), key)
         values = value if isinstance(value, tuple) else (value,) * count
         if len(values) != count:
@@ -69,10 +72,16 @@ class NodeParameters:
                 f"{node.method.name}: {name} has {len(values)} values for {count} models.",
                 fix="give one for each model, the base not counted",
             )
+        pairs = list(zip(values, own_keys or [key] * count, strict=True))
+        for one, own in pairs:
+            self._note(one, own)
         return [
-            self._checked_value(node, name, resolve(v, key, layers, own), key)
-            for v, own in zip(values, own_keys or [key] * count, strict=True)
+            self._checked_value(node, name, resolve(v, key, layers, own), key) for v, own in pairs
         ]
+
+    def _note(self, value: Any, name: str) -> None:
+        if isinstance(value, Filtered | Fallback):
+            self.filters.note(value, name)
 
     def _checked_value(self, node: Apply, name: str, value: Any, key: str) -> Any:
         declared = node.method.parameters[name]

@@ -8,8 +8,8 @@ weight: [{filter: mlp, value: [0, 1]}, {value: 0.2}]     the first that fits cou
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from distmerge.errors import ParameterError
@@ -39,10 +39,15 @@ def read_values(
         if declared is None or value is None:
             continue
         try:
-            values[name] = _read(value, declared, method.name)
+            found = _read(value, declared, method.name)
         except ParameterError as error:
             where = document.where((*path, name))
             raise ParameterError(error.headline, *error.facts, where, fix=error.fix) from None
+        if isinstance(found, Filtered):  # which of them fit nothing shows later, by headers
+            items = [(*path, name, i) for i in range(len(found.choices))]
+            at = items if isinstance(value, list) else [(*path, name)]
+            found = replace(found, places=tuple(map(document.where, at)))
+        values[name] = found
     return values
 
 
@@ -88,12 +93,7 @@ def _scalar_or_gradient(value: Any, declared: Parameter, method: str) -> Any:
 
 def _checked(value: Any, declared: Parameter, method: str) -> Any:
     checked = declared.check(value, method)
-    if isinstance(checked, float) and not math.isfinite(checked):
-        raise ParameterError(
-            f"{method}: {declared.name} can't be {value!r}.",
-            "it has to be a finite number",
-            fix=f"'{declared.name}: 1.0', or see 'distmerge methods {method}'",
-        )
+    declared.check_finite(checked, method)  # of a type that isn't declared, too
     return checked
 
 
