@@ -10,7 +10,7 @@ import typer
 
 from distmerge.cli import options
 from distmerge.cli.failures import reported
-from distmerge.cli.merging import read_request
+from distmerge.cli.merging import read_request, warn_of_plan
 from distmerge.run.progress import printable
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def explain(
 
     request = read_request(recipe, overrides, strict=strict)
     decided = running.plan(request, out_dtype=out_dtype, allowed_mem=_ANY_MEMORY)
+    warn_of_plan(decided, request)
     if as_json:
         print(json.dumps(explaining.to_json(decided, key), indent=2, ensure_ascii=False))
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -65,7 +66,8 @@ def merge(
         "pull_request": pull_request,
     }
     if dry_run:
-        show_plan(running.plan(request, out, **settings), as_json=as_json)
+        warn_of_plan(decided := running.plan(request, out, **settings), request)
+        show_plan(decided, as_json=as_json)
         return
     with (
         watching(json=as_json, quiet=quiet, told=request.warnings) as watcher,
@@ -117,6 +119,7 @@ def plan(
         seed=seed,
         overwrite=overwrite,
     )
+    warn_of_plan(decided, request)
     show_plan(decided, as_json=as_json)
 
 
@@ -131,7 +134,13 @@ def read_request(recipe: str, overrides: list[str] | None, *, strict: bool) -> M
     request = loaded.request()
     for text in request.warnings[len(loaded.warnings) :]:
         warn(text)
-    return request
+    return replace(request, strict=strict)
+
+
+def warn_of_plan(decided: Plan, request: MergeRequest) -> None:
+    """Tell what only the plan showed."""
+    for text in decided.request.warnings[len(request.warnings) :]:
+        warn(text)
 
 
 def warn(text: str) -> None:

@@ -65,7 +65,7 @@ Overrides = Annotated[
     ),
 ]
 Strict = Annotated[
-    bool, typer.Option("--strict", help="Keys of the recipe without effect are an error.")
+    bool, typer.Option("--strict", help="What has no effect in the recipe is an error.")
 ]
 AllowNonFinite = Annotated[
     bool, typer.Option("--allow-non-finite", help="Write NaN and infinity too.")

@@ -71,10 +71,13 @@ def sweep(
         seed=seed,
         overwrite=overwrite,
         allow_non_finite=allow_non_finite,
+        strict=strict,
     )
     where = Scratch(scratch, scratch_size)
     if dry_run:
-        show_plan(plan_sweep(wanted, settings, out=out, scratch=where), as_json=as_json)
+        with watching(told=wanted.warnings) as watcher:
+            decided = plan_sweep(wanted, settings, out=out, scratch=where, listener=watcher)
+        show_plan(decided, as_json=as_json)
         return
     _run(wanted, out, settings, where, event_log, as_json=as_json, quiet=quiet)
 

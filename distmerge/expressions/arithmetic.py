@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from distmerge.errors import DtypeMismatch, ParameterError, ShapeMismatch
 from distmerge.expressions.nodes import OnMissing, Operator
-from distmerge.methods.parameters import LARGEST, SMALLEST, fits
+from distmerge.methods.parameters import LARGEST, SMALLEST, in_float32
 
 _OPERATIONS: Mapping[Operator, Callable[[Any, Any], Tensor]] = {
     "+": operator.add,
@@ -139,7 +139,7 @@ def check_number(operator: Operator, number: float, *, divides: bool) -> None:
     """Refuse a number that float32 makes infinite, or zero where something is divided by it.
     Raises ParameterError."""
     vanishes = operator == "/" and divides and abs(number) <= SMALLEST / 2
-    if fits(number) and not vanishes:
+    if in_float32(number) and not vanishes:
         return
     does = f"divide by {number!r}" if operator == "/" and divides else f"calculate with {number!r}"
     raise ParameterError(

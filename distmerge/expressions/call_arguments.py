@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -117,12 +117,34 @@ def bind(method: MergeMethod, args: Sequence[Any], keywords: Mapping[str, Any]) 
     inputs = {name: _listed(method, name, given.pop(name)) for name in method.inputs}
     known = {option.name for option in fields(CallOptions)}
     options = CallOptions(**{name: given[name] for name in known & given.keys()})
+    _check_options(method, options)
     own = {n: v for n, v in given.items() if n not in known or n in method.parameters}
     if "verbose" in method.parameters or (method.accepts_any and options.verbose):
         own["verbose"] = options.verbose
     if method.accepts_any and "base_index" in given and "base_index" not in method.offered:
         own["base_index"] = options.base_index
     return Call(method, inputs, options, own, "base_index" in given)
+
+
+def _check_options(method: MergeMethod, options: CallOptions) -> None:
+    """Refuse policies that there aren't. Raises ParameterError."""
+    policies = get_args(OnMissing)
+    if options.on_missing not in policies:
+        raise ParameterError(
+            f"{method.name}: on_missing can't be {options.on_missing!r}.",
+            f"it is one of {', '.join(policies)}",
+            fix=f"on_missing={policies[0]!r}",
+        )
+    for name in ("passthrough", "passthrough_layers"):
+        given = getattr(options, name)
+        listed = isinstance(given, Iterable)
+        names = not isinstance(given, list | tuple) or all(isinstance(key, str) for key in given)
+        if given is not None and not (listed and names):
+            raise ParameterError(
+                f"{method.name}: {name} can't be {given!r}.",
+                "it lists keys, or names of modules",
+                fix=f"{name}=['lm_head']",
+            )
 
 
 def _listed(method: MergeMethod, name: str, models: Any) -> list[Any]:

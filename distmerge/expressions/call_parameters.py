@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distmerge.errors import ParameterError
 from distmerge.methods.method import MergeMethod
-from distmerge.methods.parameters import Fallback, Filtered, Gradient, fits, too_large
+from distmerge.methods.parameters import Fallback, Filtered, Gradient, in_float32, too_large
 
 CALL_WORDS: Mapping[str, str] = {
     "k": "density",
@@ -100,7 +100,7 @@ def _checked(
         if one is not None and not isinstance(one, Gradient | Filtered | Fallback):
             try:
                 checked = declared.check(one, method.name)
-                if method.builtin and not fits(checked):
+                if method.builtin and not in_float32(checked):
                     raise too_large(method.name, name, checked)
             except ParameterError as error:
                 raise ParameterError(

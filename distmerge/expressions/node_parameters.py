@@ -6,9 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distmerge.errors import ParameterError
+from distmerge.expressions.filters import FilterUse
 from distmerge.expressions.nodes import Apply
 from distmerge.methods.method import REQUIRED
-from distmerge.methods.parameters import LARGEST, NO_MATCH, Layers, fits, resolve
+from distmerge.methods.parameters import (
+    LARGEST,
+    NO_MATCH,
+    Fallback,
+    Filtered,
+    Layers,
+    in_float32,
+    resolve,
+)
 
 _SHOWN = 5
 
@@ -19,6 +28,7 @@ class NodeParameters:
     def __init__(self) -> None:
         self._constant: dict[int, Mapping[str, Any]] = {}
         self._checked: dict[tuple[int, str, type, Any], Any] = {}
+        self.filters = FilterUse()
 
     def of(
         self, node: Apply, key: str, layers: Layers, own_keys: Sequence[str] = ()
@@ -64,6 +74,7 @@ class NodeParameters:
             return [default] * count if declared.per_model else default
         value = given[name]
         if not declared.per_model:
+            self._note(value, key)
             only = self._checked_value(node, name, resolve(value, key, layers), key)
             _check_size(node, name, [only])
             return only
@@ -73,12 +84,18 @@ class NodeParameters:
                 f"{node.method.name}: {name} has {len(values)} values for {count} models.",
                 fix="give one for each model, the base not counted",
             )
+        pairs = list(zip(values, own_keys or [key] * count, strict=True))
+        for one, own in pairs:
+            self._note(one, own)
         found = [
-            self._checked_value(node, name, resolve(v, key, layers, own), key)
-            for v, own in zip(values, own_keys or [key] * count, strict=True)
+            self._checked_value(node, name, resolve(v, key, layers, own), key) for v, own in pairs
         ]
         _check_size(node, name, found)
         return found
+
+    def _note(self, value: Any, name: str) -> None:
+        if isinstance(value, Filtered | Fallback):
+            self.filters.note(value, name)
 
     def _checked_value(self, node: Apply, name: str, value: Any, key: str) -> Any:
         declared = node.method.parameters[name]
@@ -105,9 +122,9 @@ def _check_size(node: Apply, name: str, values: Sequence[Any]) -> None:
     """Refuse numbers of a method of ours that are infinite in float32, alone or added up, since
     what is divided by them is zero. Raises ParameterError."""
     floats = [value for value in values if isinstance(value, float)]
-    if not node.method.builtin or fits(sum(map(abs, floats))):
+    if not node.method.builtin or in_float32(sum(map(abs, floats))):
         return
-    alone = all(map(fits, floats))
+    alone = all(map(in_float32, floats))
     models = node.models if node.method.parameters[name].per_model else ()
     whose = [f"{model}: {value!r}" for model, value in zip(models, values, strict=bool(models))]
     what = "add up to" if alone else "be"

@@ -34,10 +34,10 @@ from distmerge.expressions.model_ref import ModelRef
 from distmerge.expressions.nodes import OnMissing, OnShapeMismatch, OnUnequal
 from distmerge.expressions.recipe_documents import arranged, references, unused
 from distmerge.expressions.recipe_formula import Formula, named_models, read_formula
+from distmerge.expressions.recipe_formula_keys import check_formula_keys
 from distmerge.expressions.recipe_keys import (
     Ignored,
     check_forms,
-    check_formula_keys,
     check_keys,
     refuse_misplaced,
 )

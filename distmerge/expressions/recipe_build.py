@@ -17,7 +17,11 @@ from distmerge.expressions.model_ref import ModelRef
 from distmerge.expressions.nodes import Expression, Leaf, leaves
 from distmerge.expressions.recipe import Recipe
 from distmerge.expressions.recipe_chat import in_one_template
-from distmerge.expressions.recipe_formula_build import build_formula, unknown_model
+from distmerge.expressions.recipe_formula_build import (
+    build_formula,
+    check_formula,
+    unknown_model,
+)
 from distmerge.expressions.recipe_opening import name_leaves, pin_models
 from distmerge.expressions.recipe_roles import Roles, assign_roles
 from distmerge.expressions.recipe_slices import build_parts
@@ -154,6 +158,7 @@ def _request(
             options=storage_options,
         )
         told = (*told, *more)
+    idle = (*(asked.warnings if asked else ()), *warnings_of(root))
     return MergeRequest(
         root,
         donor=donor,
@@ -165,6 +170,7 @@ def _request(
         tokenizer=tokenizer,
         recipe_text=recipe.text,
         warnings=(*settled.warnings(), *told, *warnings_of(root)),
+        without_effect=idle,
         storage_options=storage_options,
     )
 
@@ -239,3 +245,5 @@ def _check_names(settled: Settled) -> None:
             raise unknown_model(formula, name, known)
     if formula is not None and not formula.models():
         raise formula.error(formula.tree, "it names no model", fix="merge: 0.5 * a + 0.5 * b")
+    if formula is not None:
+        check_formula(formula, settled.recipe.on_missing)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
 from distmerge.errors import DistmergeError, RecipeError
-from distmerge.expressions.call_arguments import CallOptions
+from distmerge.expressions.call_arguments import CallOptions, bind
 from distmerge.expressions.calls import call_method
 from distmerge.expressions.lazy import LazyStateDict
-from distmerge.expressions.nodes import OnMissing, Operator
+from distmerge.expressions.nodes import OnMissing, Operator, TensorLeaf
 from distmerge.expressions.recipe_formula import WORDS, Formula
 from distmerge.methods.method import MergeMethod
 from distmerge.methods.registry import find_method
@@ -25,7 +26,8 @@ _OPERATORS: dict[type[ast.operator], Operator] = {
     ast.Mult: "*",
     ast.Div: "/",
 }
-
+_SHOWN = 40
+"""Characters of a number that an error shows."""
 _NUMBERS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
 
@@ -46,16 +48,29 @@ def build_formula(
     return found
 
 
+def check_formula(formula: Formula, on_missing: OnMissing) -> None:
+    """Refuse what can be known to be wrong before a model is opened. Raises what `build_formula`
+    does."""
+    _Builder(formula, _stand_in, on_missing, checking=True).build(formula.tree)
+
+
+def _stand_in(name: str) -> LazyStateDict:
+    """A model of which nothing is known but its name."""
+    return LazyStateDict(TensorLeaf({}, name))
+
+
 @dataclass(frozen=True)
 class _Builder:
     formula: Formula
     model: Callable[[str], LazyStateDict]
     on_missing: OnMissing
+    checking: bool = False
+    """Are the models stand-ins, which have no heads to pass through?"""
 
     def build(self, node: ast.expr) -> Any:
         """A model, a number, a word, or a list of these."""
         if isinstance(node, ast.Constant):
-            return node.value
+            return self._finite(node, node.value)
         if isinstance(node, ast.Name):
             return WORDS[node.id] if node.id in WORDS else self.model(node.id)
         if isinstance(node, ast.List | ast.Tuple):
@@ -88,14 +103,31 @@ class _Builder:
             common: OnMissing = "common" if self.on_missing == "common" else "error"
             return left._binary(sign, right, on_missing=common)
         if isinstance(left, LazyStateDict):
+            if sign == "/" and right == 0:
+                text = f"{ast.unparse(node)!r} divides a model by zero"
+                raise self.formula.error(node, text, fix="divide by another number")
             return left._binary(sign, right)
         if isinstance(right, LazyStateDict):
             return right._binary(sign, left, swapped=True)
         try:
-            return _NUMBERS[sign](left, right)
+            return self._finite(node, _NUMBERS[sign](left, right))
         except (ArithmeticError, ValueError):
-            text = f"{ast.unparse(node)!r} is no number"
-            raise self.formula.error(node, text, fix="give a finite number") from None
+            raise self._no_number(node) from None
+
+    def _finite(self, node: ast.expr, value: Any) -> Any:
+        """A constant, or what is made of numbers. Raises RecipeError."""
+        try:
+            infinite = isinstance(value, int | float) and not math.isfinite(value)
+        except OverflowError:  # an integer that no float can be
+            infinite = True
+        if infinite or isinstance(value, complex):
+            raise self._no_number(node)
+        return value
+
+    def _no_number(self, node: ast.expr) -> RecipeError:
+        start, end = node.col_offset, node.end_col_offset
+        text = f"{self.formula.text[start:end][:_SHOWN]!r} is no number"
+        return self.formula.error(node, text, fix="give a finite number")
 
     def _call(self, node: ast.Call) -> LazyStateDict:
         assert isinstance(node.func, ast.Name)
@@ -122,7 +154,11 @@ class _Builder:
         options: dict[str, Any] = {"on_missing": self.on_missing, "base_index": index}
         if not method.takes_base and index is None:
             del options["base_index"]
-        found = call_method(method, **{**options, **values})
+        keywords = {**options, **values}
+        if self.checking:
+            bind(method, (), keywords)
+            keywords.pop("passthrough", None)
+        found = call_method(method, **keywords)
         assert isinstance(found, LazyStateDict)
         return found
 

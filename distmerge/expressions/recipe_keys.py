@@ -8,7 +8,7 @@ where it should stand.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ from distmerge.expressions.recipe_words import (
     CALL_NAMES,
     CHOICE_KEYS,
     ELSEWHERE,
-    FORMULA_KEYS,
     LANGUAGE_PARAMETERS,
     MODEL_KEYS,
     MODULE_KEYS,
@@ -55,34 +54,15 @@ def check_keys(document: Document, method: MergeMethod) -> list[Ignored]:
             that has no effect.
         ParameterError: one given by `--set` that no method has.
     """
-    found = list(_ignored(document, method))
-    for ignored in found:
-        if _is_set(document, ignored.path):
-            raise RecipeError(ignored.text, fix=ignored.fix)
-    return found
+    return unless_set(document, _ignored(document, method))
 
 
-def check_formula_keys(document: Document, used: Collection[str]) -> list[Ignored]:
-    """Every key without effect of a recipe that says `merge:`, models that it doesn't use too.
-
-    Raises
-        RecipeError: a key that would say again what is merged.
-    """
-    data, found = document.data, []
-    for key in data:
-        where = document.where((key,))
-        if key in NOT_WITH_FORMULAS and data[key]:
-            fix = NOT_WITH_FORMULAS[key]
-            raise RecipeError(f"{where}: {key!r} doesn't go with 'merge:'.", fix=fix)
-        if key not in FORMULA_KEYS and key not in NOT_WITH_FORMULAS:
-            fix = FOR_SWEEPS if key in SWEPT else _nearest(key, FORMULA_KEYS)
-            found.append(Ignored((key,), f"{where}: {key!r} is ignored here; {fix}.", fix))
-    found += tokenizer_keys(document)
-    models = data.get("models")
-    for name in models if isinstance(models, dict) else ():
-        if name not in used:
-            text = f"{document.where(('models', name))}: the formula doesn't use {name!r}."
-            found.append(Ignored(("models", name), text, "leave it out"))
+def unless_set(document: Document, ignored: Iterable[Ignored]) -> list[Ignored]:
+    """Raises RecipeError for one that was given by `--set`."""
+    found = list(ignored)
+    for one in found:
+        if _is_set(document, one.path):
+            raise RecipeError(one.text, fix=one.fix)
     return found
 
 
@@ -114,7 +94,7 @@ def _ignored(document: Document, method: MergeMethod) -> Iterator[Ignored]:
     data = document.data
     yield from _check_level(document, data, (), TOP_KEYS, method)
     for key in ("base_model", "config_from"):
-        yield from _check_reference(document, (key,), data.get(key), method)
+        yield from check_reference(document, (key,), data.get(key), method)
     yield from _check_sections(document, data, (), method)
     yield from tokenizer_keys(document)
     modules = data.get("modules")
@@ -143,9 +123,7 @@ def _check_sections(
         if isinstance(one, dict):
             at = (*path, "slices", i)
             yield from _check_level(document, one, at, SLICE_KEYS, method)
-            yield from _check_reference(
-                document, (*at, "base_model"), one.get("base_model"), method
-            )
+            yield from check_reference(document, (*at, "base_model"), one.get("base_model"), method)
             inside = one.get("parameters")
             yield from _check_parameters(document, (*at, "parameters"), inside, method)
             yield from _check_sources(document, (*at, "sources"), one.get("sources"), method)
@@ -162,7 +140,7 @@ def _check_sources(
         at = (*path, i)
         yield from _check_level(document, entry, at, known, method)
         for key in ("model", *method.inputs[1:]):
-            yield from _check_reference(document, (*at, key), entry.get(key), method)
+            yield from check_reference(document, (*at, key), entry.get(key), method)
         given = entry.get("parameters")
         yield from _check_parameters(document, (*at, "parameters"), given, method)
 
@@ -172,7 +150,7 @@ def _check_level(
     data: Mapping[str, Any],
     path: KeyPath,
     known: frozenset[str],
-    method: MergeMethod,
+    method: MergeMethod | None,
 ) -> Iterator[Ignored]:
     # Keys of the language that are empty ask for nothing.
     empty = NEEDLESS if path else frozenset({"rename"})
@@ -184,21 +162,26 @@ def _check_level(
             yield Ignored((*path, key), f"{where}: {key!r} is ignored here; {fix}.", fix)
 
 
-def _place(key: str, path: KeyPath, known: frozenset[str], method: MergeMethod) -> str:
+def _place(key: str, path: KeyPath, known: frozenset[str], method: MergeMethod | None) -> str:
     """Where a key should stand, or what it may have been meant to be."""
+    if method is None and key in NOT_WITH_FORMULAS:
+        return NOT_WITH_FORMULAS[key]
+    if method is None and key in LANGUAGE_PARAMETERS:
+        return f"write it in the formula, NAME(models=[...], {key}=...)"
     if not path and key in SWEPT:
         return FOR_SWEEPS
     if path and key in TOP_KEYS:
         return "move it to the top level"
-    if key in method.parameters or key in LANGUAGE_PARAMETERS:
+    if key in LANGUAGE_PARAMETERS or (method is not None and key in method.parameters):
         whose = f"this {_level(path)}'s " if path else ""
         return f"move it under {whose}'parameters:'"
     if key in ELSEWHERE:
         return f"write it {ELSEWHERE[key]}"
-    return _nearest(key, known)
+    return nearest_key(key, known)
 
 
-def _nearest(key: str, known: frozenset[str]) -> str:
+def nearest_key(key: str, known: frozenset[str]) -> str:
+    """What to do about a key that isn't known."""
     near = difflib.get_close_matches(key, sorted(known), 1)
     return f"write {near[0]!r}" if near else "leave it out"
 
@@ -210,15 +193,18 @@ def _level(path: KeyPath) -> str:
     return "module" if path[:1] == ("modules",) else "recipe"
 
 
-def _check_reference(
-    document: Document, path: KeyPath, given: Any, method: MergeMethod
+def check_reference(
+    document: Document, path: KeyPath, given: Any, method: MergeMethod | None
 ) -> Iterator[Ignored]:
-    """`model: {path, revision}`, perhaps with another `model:` around it."""
+    """`model: {path, revision}`, perhaps with another `model:` around it.
+
+    method: None in a formula's models.
+    """
     if not isinstance(given, dict):
         return
     yield from _check_level(document, given, path, REFERENCE_KEYS, method)
     for key in ("model", "lora"):
-        yield from _check_reference(document, (*path, key), given.get(key), method)
+        yield from check_reference(document, (*path, key), given.get(key), method)
 
 
 def _check_parameters(

@@ -9,14 +9,15 @@ weight: [{filter: mlp, value: [0, 1]}, {value: 0.2}]     the first that fits cou
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from distmerge.checkpoints.location import redact
+from distmerge.credentials import redact
 from distmerge.errors import ParameterError
 from distmerge.expressions.recipe_text import Document, at_path
 from distmerge.expressions.yaml_lines import KeyPath
 from distmerge.methods.method import MergeMethod, Parameter
-from distmerge.methods.parameters import Fallback, Filtered, Gradient, fits, too_large
+from distmerge.methods.parameters import Fallback, Filtered, Gradient, in_float32, too_large
 
 Values = dict[str, Any]
 """Parameter name -> a scalar of the declared type, a `Gradient` or a `Filtered`."""
@@ -39,10 +40,15 @@ def read_values(
         if declared is None or value is None:
             continue
         try:
-            values[name] = _read(value, declared, method.name)
+            found = _read(value, declared, method.name)
         except ParameterError as error:
             where = document.where((*path, name)) + _whose(path, document)
             raise ParameterError(error.headline, *error.facts, where, fix=error.fix) from None
+        if isinstance(found, Filtered):  # which of them fit nothing shows later, by headers
+            items = [(*path, name, i) for i in range(len(found.choices))]
+            at = items if isinstance(value, list) else [(*path, name)]
+            found = replace(found, places=tuple(map(document.where, at)))
+        values[name] = found
     return values
 
 
@@ -95,7 +101,7 @@ def _scalar_or_gradient(value: Any, declared: Parameter, method: str) -> Any:
 
 def _checked(value: Any, declared: Parameter, method: str) -> Any:
     checked = declared.check(value, method)
-    if not fits(checked):
+    if not in_float32(checked):
         raise too_large(method, declared.name, checked)
     return checked
 

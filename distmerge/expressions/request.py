@@ -32,6 +32,10 @@ class MergeRequest:
     intermediates: tuple[tuple[str, MergeRequest], ...] = field(default=(), compare=False)
     """Merges nested in this one that have names, so that they could be written apart."""
     warnings: tuple[str, ...] = ()
+    without_effect: tuple[str, ...] = ()
+    """Those of the warnings that tell of something in the recipe that fits nothing in the files."""
+    strict: bool = field(default=False, compare=False)
+    """Is that an error?"""
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
 

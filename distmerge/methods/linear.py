@@ -13,7 +13,7 @@ from distmerge.errors import ParameterError
 from distmerge.methods.fusion import flat
 from distmerge.methods.method import PerModel
 from distmerge.methods.operands import bits, raw_loops, widened
-from distmerge.methods.parameters import fits
+from distmerge.methods.parameters import in_float32
 from distmerge.methods.signature import describe
 
 Answers = Generator[Any, Any, Tensor]
@@ -54,7 +54,7 @@ def shares(weights: Sequence[float], method: str, option: str) -> list[float]:
             fix=f"{option}: false",
         )
     found = [w / scale for w in weights]
-    if not all(map(fits, found)):
+    if not all(map(in_float32, found)):
         raise ParameterError(
             f"{method}: the weights can't be divided by their sum, since float32 can't hold that.",
             f"they add up to {scale!r}",

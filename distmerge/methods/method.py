@@ -6,6 +6,7 @@ import difflib
 import functools
 import hashlib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
@@ -46,17 +47,28 @@ class Parameter:
         """The value as the annotation's type; `value` is one model's for a per-model one.
 
         Raises
-            ParameterError: of the wrong type or out of range.
+            ParameterError: of the wrong type, out of range or not finite.
         """
         if self.annotation is Any:
             return value
         try:
-            return _adapter(self.annotation).validate_python(value)
+            checked = _adapter(self.annotation).validate_python(value)
         except ValidationError as error:
             reason = "; ".join(item["msg"] for item in error.errors())
             raise ParameterError(
                 f"{method}: {self.name} can't be {value!r:.100}.", reason, fix=self._fix()
             ) from None
+        self.check_finite(checked, method)
+        return checked
+
+    def check_finite(self, value: Any, method: str) -> None:
+        """Refuse a number that would make every result infinite or none. Raises ParameterError."""
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ParameterError(
+                f"{method}: {self.name} can't be {value!r}.",
+                "it has to be a finite number",
+                fix=f"'{self.name}: 1.0', or see 'distmerge methods {method}'",
+            )
 
     def _fix(self) -> str:
         shown = "a value of your own" if self.default is REQUIRED else repr(self.default)

@@ -49,12 +49,17 @@ class Filtered:
     """Values by key; a filter of None or "*" matches every key."""
 
     choices: tuple[tuple[str | None, Any], ...]
+    places: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """Where each stands in a recipe, for messages."""
+
+    def choice(self, key: str) -> int | None:
+        """Which of the choices counts; None if none fits."""
+        fitting = (i for i, (pattern, _) in enumerate(self.choices) if fits(pattern, key))
+        return next(fitting, None)
 
     def for_key(self, key: str) -> Any:
-        for pattern, value in self.choices:
-            if pattern in (None, "*") or str(pattern) in key:
-                return value
-        return NO_MATCH
+        found = self.choice(key)
+        return NO_MATCH if found is None else self.choices[found][1]
 
     def __str__(self) -> str:
         return "{" + ", ".join(f"{p or '*'}: {v}" for p, v in self.choices) + "}"
@@ -70,7 +75,7 @@ class Fallback:
         return " else ".join(map(str, self.levels))
 
 
-def fits(value: Any) -> bool:
+def in_float32(value: Any) -> bool:
     """Can arithmetic in float32 take it? What is no float always fits."""
     return not isinstance(value, float) or abs(value) <= LARGEST  # NaN is never less
 
@@ -82,6 +87,11 @@ def too_large(method: str, name: str, value: float) -> ParameterError:
         f"it has to be a finite number, and float32 holds up to {LARGEST:.1e}",
         fix=f"'{name}: 1.0', or see 'distmerge methods {method}'",
     )
+
+
+def fits(pattern: str | None, key: str) -> bool:
+    """Does a filter let a key through?"""
+    return pattern in (None, "*") or str(pattern) in key
 
 
 def resolve(value: Any, key: str, layers: Layers, name: str | None = None) -> Any:

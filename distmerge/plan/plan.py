@@ -20,6 +20,7 @@ from distmerge.plan import describe
 from distmerge.plan.coverage import account
 from distmerge.plan.digest import digest_of, kernel_class
 from distmerge.plan.eight_bit import CODES, with_scales
+from distmerge.plan.idle import with_idle
 from distmerge.plan.memory import (
     FAR_GROUP,
     GROUP,
@@ -156,7 +157,7 @@ def make_plan(
     budget = {"allowed": allowed_mem, "threads": threads, "reserved": reserved}
     memory = plan_memory(need, **budget, sending=sending, group=group)
     return Plan(
-        request=request,
+        request=request if keys is not None else with_idle(request, compiler),
         inputs=inputs,
         units=tuple(units),
         digest=digest,

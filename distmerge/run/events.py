@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -64,8 +64,7 @@ def silent(event: Event) -> None:
 
 def tell_plan(decided: Plan, todo: Sequence[WorkUnit], listener: Listener) -> None:
     """Tell the request's warnings, and what is still to do."""
-    for text in decided.request.warnings:
-        listener(Event("notice", {"text": text}))
+    tell_notices(decided.request.warnings, listener)
     listener(
         Event(
             "plan",
@@ -80,6 +79,12 @@ def tell_plan(decided: Plan, todo: Sequence[WorkUnit], listener: Listener) -> No
             },
         )
     )
+
+
+def tell_notices(sentences: Iterable[str], listener: Listener) -> None:
+    """Tell sentences, one by one."""
+    for text in sentences:
+        listener(Event("notice", {"text": text}))
 
 
 def tell_publishing(receipts: Sequence[Receipt], listener: Listener) -> None:

@@ -168,6 +168,7 @@ def as_request(what: Any, settings: MergeOptions) -> MergeRequest:
     else:
         recipe = load_recipe(what, overrides=settings.overrides, strict=settings.strict)
         request = recipe.request(storage_options=settings.storage_options)
+        request = replace(request, strict=settings.strict)
     return replace(
         request,
         out_dtype=_dtype(settings.out_dtype) or request.out_dtype,

@@ -17,6 +17,7 @@ from distmerge.plan.bundle import passes
 from distmerge.plan.memory import MemoryPlan
 from distmerge.plan.plan import Plan
 from distmerge.plan.sizes import format_size, parse_size
+from distmerge.run.events import Listener, silent, tell_notices
 from distmerge.run.merge import as_request, plan_request
 from distmerge.run.options import MergeOptions
 from distmerge.sweeps.definition import Candidate, Sweep, of_candidate
@@ -148,6 +149,7 @@ def plan_sweep(
     scratch: Scratch = ANYWHERE,
     place: str | None = None,
     pinned: dict[Location, Checkpoint] | None = None,
+    listener: Listener = silent,
 ) -> SweepPlan:
     """Open the models, each once, and plan all candidates. Nothing is read but headers.
 
@@ -155,6 +157,7 @@ def plan_sweep(
     scratch: where inputs that are read more than once may be kept.
     place: of a spool that there is already.
     pinned: models that are open already; those that are opened here are added.
+    listener: told the candidates' warnings.
 
     Raises
         DistmergeError: a model can't be used; a candidate can't be merged, or needs more memory.
@@ -176,11 +179,14 @@ def plan_sweep(
     for candidate, one in zip(sweep.candidates, settled, strict=True):
         try:
             request = as_request(request_of(one, pinned, options), plain)
+            request = replace(request, strict=settings.strict)
             plans.append(plan_request(request, plain, sending=sending))
         except DistmergeError as error:
             failed.append((candidate.name, error))
     if failed:
         raise _unplanned(failed, len(settled))
+    warnings = dict.fromkeys(text for plan in plans for text in plan.request.warnings)
+    tell_notices(warnings, listener)
     together = _passes(plans, settings)
     members = tuple(run for run, _ in together)
     memories = tuple(memory for _, memory in together)

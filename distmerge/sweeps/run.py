@@ -104,7 +104,7 @@ def run_sweep(
         SweepFailed: some failed; the others are done.
         DistmergeError: as `plan_sweep`, before anything is written.
     """
-    decided = plan_sweep(sweep, settings, out=out, scratch=scratch)
+    decided = plan_sweep(sweep, settings, out=out, scratch=scratch, listener=listener)
     plain = replace(settings, overrides=(), strict=False)
     spool = decided.spool if isinstance(decided.spool, Spool) else None
     if decided.scoring is None:

@@ -614,3 +614,18 @@ def test_model_merge_refuses_nonsense(dicts, tmp_path):
     file.write_text("import distmerge\n@distmerge.model_merge\ndef whole(models): ...\n")
     with pytest.raises(UnknownMethod, match="whole"):
         find_method(f"{file}:whole")
+
+
+def test_policies_that_there_arent_are_refused(dicts):
+    with pytest.raises(ParameterError, match="on_missing can't be 'zzz'") as refused:
+        ties(dicts, on_missing="zzz")
+    assert "error, common, base, average" in str(refused.value)
+    for given in (3, ["lm_head", 3]):
+        with pytest.raises(ParameterError, match="passthrough can't be"):
+            ties(dicts, passthrough=given)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "-inf"])
+def test_parameters_that_are_no_finite_numbers_are_refused(dicts, value):
+    with pytest.raises(ParameterError, match="has to be a finite number"):
+        linear(dicts, weight=value)

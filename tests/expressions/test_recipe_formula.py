@@ -153,6 +153,53 @@ def test_what_is_no_formula_is_refused_where_it_stands(here, text, error, column
         assert f"the recipe, line 2, column {column} of merge" in shown
 
 
+@pytest.mark.parametrize(
+    ("text", "column", "says"),
+    [
+        ("linear([a, b], weight=1e999)", 23, "'1e999' is no number"),
+        ("linear([a, b], weight=[-1e999, 1])", 25, "'1e999' is no number"),
+        ("linear([a, b], weight='inf')", 1, "weight can't be inf"),
+        ("linear([a, b], weight='nan')", 1, "weight can't be nan"),
+        ("b + a * (1e308 * 10)", 10, "'1e308 * 10' is no number"),
+        ("b + a * 1" + "0" * 400, 9, "is no number"),
+        ("a * 1j", 5, "'1j' is no number"),
+        ("b + a / 0", 5, "'a / 0' divides a model by zero"),
+        ("a / (1 - 1)", 1, "divides a model by zero"),
+        ("b + linear([a, b], on_missing='zzz')", 5, "on_missing can't be 'zzz'"),
+        ("b + linear([a, b], passthrough=3)", 5, "passthrough can't be 3"),
+        ("karcher([a, b], max_iter=1.5)", 1, "max_iter can't be 1.5"),
+        ("ties([a], base=b, densty=1)", 1, "has no parameter 'densty'"),
+        ("linear([a, b], weight=[1, 2, 3])", 1, "3 values for 2 models"),
+        ("slerp([a, b, b], t=0.5)", 1, "slerp merges 2 models"),
+    ],
+)
+def test_what_a_recipe_would_refuse_is_refused_before_a_model_is_opened(text, column, says):
+    models = "models: {a: /nowhere/a, b: /nowhere/b}\n"
+    with pytest.raises((RecipeError, ParameterError)) as raised:
+        plan(models + json.dumps({"merge": text})[1:-1])
+    shown = str(raised.value)
+    assert says in shown
+    assert f"the recipe, line 2, column {column} of merge" in shown
+    assert raised.value.fix
+    assert "/nowhere" not in shown
+
+
+def test_keys_of_its_models_without_effect_are_told(here):
+    entry = {"path": "a", "revison": "main", "parameters": {"weight": 1}, "density": 1}
+    recipe = load_recipe({"models": {"a": entry, "b": {"path": "b", "lora": None}}, "merge": "a+b"})
+    assert recipe.warnings == (
+        "the recipe, models.a.revison: 'revison' is ignored here; write 'revision'.",
+        "the recipe, models.a.parameters: 'parameters' is ignored here; "
+        "write them in the formula, NAME(models=[...], weight=0.5).",
+        "the recipe, models.a.density: 'density' is ignored here; "
+        "write it in the formula, NAME(models=[...], density=...).",
+    )
+    with pytest.raises(RecipeError, match="without effect"):
+        load_recipe({"models": {"a": entry}, "merge": "2 * a"}, strict=True)
+    with pytest.raises(RecipeError, match="--set dype: 'dype' is ignored here"):
+        load_recipe(formula("a + b + base"), overrides=["dype=float16"])
+
+
 def test_depth_length_and_wrong_kinds_are_refused(here):
     for text in ("(" * 300 + "a" + ")" * 300, "+".join("a" * 200), "-" * 200 + "a", "a+" * 20_000):
         with pytest.raises(RecipeError):

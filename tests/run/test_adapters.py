@@ -332,6 +332,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
     "of the future": ({"use_quantum": True}, "use_quantum"),
     "no rank": ({"r": None}, "r: "),
+    "a rank of nothing": ({"r": 0}, "r: "),
+    "no number": ({"lora_alpha": math.nan}, "lora_alpha: "),
+    "no number of a module": ({"alpha_pattern": {"c": math.inf}}, "alpha_pattern.c: "),
+    "a rank of nothing in a module": ({"rank_pattern": {"c": -1}}, "rank_pattern.c: "),
 }
 
 
@@ -409,6 +413,7 @@ def test_what_an_adapter_asks_for_and_isnt_known_is_refused_by_name(tmp_path, wh
     with pytest.raises(CheckpointError, match=named) as refused:
         distmerge.open(f"{base}+{adapter}")
     assert "adapter" in str(refused.value)
+    assert refused.value.fix
 
 
 @pytest.mark.parametrize(
