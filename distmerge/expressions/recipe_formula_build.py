@@ -103,9 +103,6 @@ class _Builder:
             common: OnMissing = "common" if self.on_missing == "common" else "error"
             return left._binary(sign, right, on_missing=common)
         if isinstance(left, LazyStateDict):
-            if sign == "/" and right == 0:
-                text = f"{ast.unparse(node)!r} divides a model by zero"
-                raise self.formula.error(node, text, fix="divide by another number")
             return left._binary(sign, right)
         if isinstance(right, LazyStateDict):
             return right._binary(sign, left, swapped=True)

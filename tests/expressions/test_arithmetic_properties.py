@@ -34,7 +34,9 @@ def trees():
         st.sampled_from([0, 1, 2]),
         lambda below: st.one_of(
             st.tuples(st.sampled_from("+-*/"), below, below),
-            st.tuples(st.sampled_from("+-*/"), below, NUMBERS.map(lambda n: [n])),
+            st.tuples(st.sampled_from("+-*/"), below, NUMBERS.map(lambda n: [n])).filter(
+                lambda tree: tree[0] != "/" or abs(tree[2][0]) > 1e-45  # less is refused
+            ),
             st.tuples(st.sampled_from("+-*/"), NUMBERS.map(lambda n: [n]), below).filter(
                 lambda tree: tree[:2] != ("+", [0])  # sum()'s, which leaves even -0.0 as it is
             ),
