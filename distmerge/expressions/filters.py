@@ -19,16 +19,12 @@ _OFFERED = 3
 _NUMBER = re.compile(r"(?<=\.)\d+\.")
 
 
-_Choice = tuple[str, int, str | None]
-"""A filter: where it stands, its number there, the part of a name that it asks for."""
-
-
 @dataclass
 class FilterUse:
     """Which filters counted, gathered over all keys."""
 
-    _choices: dict[_Choice, None] = field(default_factory=dict)
-    _used: set[_Choice] = field(default_factory=set)
+    _levels: dict[int, tuple[Filtered, set[int]]] = field(default_factory=dict)
+    """By identity, the values with filters, and which of their choices counted."""
     _names: dict[str, None] = field(default_factory=dict)
     """What filters were shown."""
 
@@ -38,17 +34,12 @@ class FilterUse:
         for level in value.levels if isinstance(value, Fallback) else (value,):
             if not isinstance(level, Filtered) or not level.places:
                 return
+            if id(level) not in self._levels:
+                self._levels[id(level)] = level, set()
             self._names[name] = None
-            listed = [
-                (place, i, pattern)
-                for i, (place, (pattern, _)) in enumerate(
-                    zip(level.places, level.choices, strict=True)
-                )
-            ]
-            self._choices |= dict.fromkeys(listed)
             counts = None if settled else level.choice(name)
             if counts is not None:
-                self._used.add(listed[counts])
+                self._levels[id(level)][1].add(counts)
                 settled = True
 
     def idle(self, keys: Collection[str]) -> Iterator[str]:
@@ -56,9 +47,15 @@ class FilterUse:
 
         keys: all tensors, those that aren't merged too.
         """
-        for choice in self._choices:
-            place, _, pattern = choice
-            if choice in self._used or pattern in (None, "*"):
+        counted: dict[tuple[str, int, str | None], bool] = {}
+        for level, used in self._levels.values():  # one place may hold for several models
+            for i, (place, (pattern, _)) in enumerate(
+                zip(level.places, level.choices, strict=True)
+            ):
+                choice = place, i, pattern
+                counted[choice] = counted.get(choice, False) or i in used
+        for (place, _, pattern), has_counted in counted.items():
+            if has_counted or pattern in (None, "*"):
                 continue  # what is left over may be nothing
             if any(fits(pattern, name) for name in self._names):
                 told = "has no effect: what stands before it takes every tensor that it fits"

@@ -54,8 +54,10 @@ class Filtered:
 
     def choice(self, key: str) -> int | None:
         """Which of the choices counts; None if none fits."""
-        fitting = (i for i, (pattern, _) in enumerate(self.choices) if fits(pattern, key))
-        return next(fitting, None)
+        for i, (pattern, _) in enumerate(self.choices):
+            if fits(pattern, key):
+                return i
+        return None
 
     def for_key(self, key: str) -> Any:
         found = self.choice(key)
@@ -91,7 +93,7 @@ def too_large(method: str, name: str, value: float) -> ParameterError:
 
 def fits(pattern: str | None, key: str) -> bool:
     """Does a filter let a key through?"""
-    return pattern in (None, "*") or str(pattern) in key
+    return pattern is None or pattern in key or pattern == "*"
 
 
 def resolve(value: Any, key: str, layers: Layers, name: str | None = None) -> Any:

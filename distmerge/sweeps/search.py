@@ -68,6 +68,8 @@ class _Search:
     """Of the spool."""
     pinned: dict[Location, Checkpoint] = field(default_factory=dict)
     """Models that have been opened, for all candidates."""
+    told: set[str] = field(default_factory=set)
+    """Warnings of candidates, each of which is told once."""
     digests: dict[int, tuple[Candidate, str]] = field(default_factory=dict)
 
     def candidate(self, name: str, found: Mapping[str, Any]) -> Candidate:
@@ -109,7 +111,14 @@ class _Search:
             scratch=Scratch(NOWHERE),  # but for what there is
             place=self.place,
             pinned=self.pinned,
+            listener=self._tell_once,
         )
+
+    def _tell_once(self, event: Event) -> None:
+        """Candidates share most of their warnings."""
+        if event.data["text"] not in self.told:
+            self.told.add(event.data["text"])
+            self.listener(event)
 
 
 def search(
@@ -163,7 +172,7 @@ def search(
             seed=settings.seed or 0,
             lowest=by.lowest,
         )
-        plain, kept_at = replace(settings, overrides=(), strict=False), Results(output)
+        plain, kept_at = replace(settings, overrides=()), Results(output)
         asked = (space, documents, judged.evaluate, evaluator, by)
         run = _Search(*asked, plain, kept_at, listener, held, spool.place if spool else None)
         _try(run, study, trials)

@@ -24,6 +24,7 @@ from distmerge.errors import RecipeError
 from distmerge.expressions.chat_templates import named_template
 from distmerge.expressions.recipe import load_recipe
 from distmerge.expressions.recipe_text import read_documents
+from distmerge.run.merge import plan
 
 RECIPES = sorted(Path(__file__).parent.glob("*.yml"))
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -84,7 +85,7 @@ def line_of(warning: str) -> int:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_it_runs_and_warns_exactly_where_it_should(path, here):
-    request = load_recipe(path).request()
+    request = plan(path).request  # what only the headers show, too
     warned = {line_of(text): text for text in request.warnings}
     expected = expected_warnings(path)
     assert len(warned) == len(request.warnings)
@@ -119,7 +120,7 @@ def test_strict_refuses_those_with_keys_without_effect(path, here):
             load_recipe(path, strict=True)
         assert refused.value.facts == facts
     else:
-        load_recipe(path, strict=True)
+        plan(path, strict=True)
 
 
 def in_float32(path: Path, family: Path) -> Job:

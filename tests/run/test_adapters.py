@@ -249,8 +249,9 @@ def recipe(base: Any, *models: Any, **fields: Any) -> dict[str, Any]:
     return {"merge_method": "task_arithmetic", "base_model": base, "models": listed, **fields}
 
 
-def test_recipes_name_adapters_in_a_string_or_apart_and_as_the_base(tmp_path):
-    (first, one), (second, two) = (adapted(tmp_path, i) for i in range(2))
+@pytest.mark.parametrize("dora", [False, True])
+def test_recipes_name_adapters_in_a_string_or_apart_and_as_the_base(tmp_path, dora):
+    (first, one), (second, two) = (adapted(tmp_path, i, dora=dora) for i in range(2))
     base, adapter = second.split("+")
     spelt = {"model": {"path": base}, "lora": {"path": adapter}}
     assert first != second

@@ -275,6 +275,20 @@ def test_a_path_that_leads_nowhere_is_told_at_once(recipe, tmp_path):
         search(recipe, str(tmp_path / "out"), trials=2, evaluate=judging.norm, **OPTIONS)
 
 
+def test_what_has_no_effect_is_told_once_and_refused_if_strict(recipe, tmp_path, ends):
+    recipe["parameters"]["weight"] = [{"filter": "zz", "value": 2.0}, {"value": 1.0}]
+    events = []
+    options = {"trials": 3, "evaluate": bowl, "keep": "best 1 by loss", **OPTIONS}
+    search(recipe, str(tmp_path / "out"), listener=events.append, **options)
+    scored = [i for i, event in enumerate(events) if event.kind == "score"]
+    while_trying = [e.data["text"] for e in events[: scored[-1]] if e.kind == "notice"]
+    assert len([text for text in while_trying if "the filter 'zz'" in text]) == 1
+    with pytest.raises(RecipeError, match="no effect on these models") as refused:
+        search(recipe, str(tmp_path / "strict"), strict=True, **options)
+    assert any("the filter 'zz'" in fact for fact in refused.value.facts)
+    assert not list(tmp_path.glob("strict/**/*.safetensors"))
+
+
 def test_a_search_that_lost_its_lease_keeps_no_further_result(recipe, tmp_path, ends):
     out, seen = tmp_path / "out", []
 
