@@ -151,6 +151,10 @@ def _reads_as_file(text: str) -> bool:
 
 def _locate_path(text: str) -> Location | None:
     path = Path(os.path.expanduser(text))  # a user that isn't there is no error
+    if path.is_dir() and os.path.samefile(path, os.path.sep):
+        raise CheckpointError(
+            f"{text!r} is all of this machine, not a model.", fix="name the model's own directory"
+        )
     if path.is_dir():
         return Location("local", os.path.abspath(path))
     if path.is_file():

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import sys
 import sysconfig
 from pathlib import Path
@@ -57,7 +58,7 @@ def _installed(name: str) -> bool:
 
 
 def _module_from_file(place: str) -> ModuleType:
-    path = Path(place).expanduser()
+    path = Path(os.path.expanduser(place))
     if not path.is_file():
         raise UnknownMethod(f"There is no file {place}.", fix="give a path that exists here")
     digest = hashlib.blake2b(str(path.resolve()).encode(), digest_size=4).hexdigest()

@@ -189,10 +189,10 @@ def _referred(document: Document, source: Given) -> list[Document]:
             f"{document.where(('recipe',))}: 'recipe' names a file, or is a recipe itself.",
             fix="recipe: merge.yml",
         )
-    place = Path(reference).expanduser()
-    is_file = isinstance(source, str | os.PathLike) and Path(source).expanduser().is_file()
+    place = Path(os.path.expanduser(reference))
+    is_file = isinstance(source, str | os.PathLike) and os.path.isfile(os.path.expanduser(source))
     if is_file and not place.is_absolute():
-        place = Path(os.fspath(source)).expanduser().parent / place  # type: ignore[arg-type]
+        place = Path(os.path.expanduser(source)).parent / place  # type: ignore[arg-type]
     return [replace(d, text=None) for d in read_documents(place)]
 
 

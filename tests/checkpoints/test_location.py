@@ -121,6 +121,12 @@ def test_what_is_no_file_of_bytes_is_refused(here, name):
         locate(name)
 
 
+@pytest.mark.parametrize("name", ["/", "//", "/tmp/..", "file:///"])
+def test_all_of_the_machine_is_no_model(name):
+    with pytest.raises(CheckpointError, match="all of this machine"):
+        locate(name)
+
+
 def test_a_user_that_is_not_there(here):
     with pytest.raises(CheckpointNotFound, match="no file or directory '~nobody-of"):
         locate("~nobody-of-that-name/model")

@@ -302,11 +302,10 @@ def test_an_adapter_alone_is_refused_and_beside_weights_noticed(tmp_path):
     assert any("adapter_model" in notice for notice in checkpoint.notices)
 
 
-@pytest.mark.parametrize("place", ["/", "/dev"])
-def test_the_machine_itself_is_no_model(place):
+def test_devices_are_no_model():
     began = time.monotonic()
-    with pytest.raises(CheckpointError, match=r"is not a checkp|holds more than|may not read"):
-        open_checkpoint(place)
+    with pytest.raises(CheckpointError, match=r"^/dev is not a checkpoint"):
+        open_checkpoint("/dev")
     assert time.monotonic() - began < 30
 
 

@@ -116,6 +116,13 @@ def test_what_is_no_recipe(here, content, headline):
     assert result.stderr.splitlines()[-1].startswith("Fix: ")
 
 
+@pytest.mark.parametrize("command", [["plan"], ["sweep"]])
+def test_a_recipe_of_a_user_that_is_not_there(here, command):
+    result = call(*command, "~nobody-of-that-name/merge.yml", "out")
+    assert result.exit_code == 2
+    assert "There is no recipe '~nobody-of-that-name/merge.yml'." in result.stderr
+
+
 def test_usage_mistakes_are_told_by_the_parser(here):
     for arguments in (["mrege"], ["merge", "x.yml"], ["plan", "x.yml", "--engine", "spark"]):
         result = call(*arguments)
