@@ -249,9 +249,15 @@ def recipe(base: Any, *models: Any, **fields: Any) -> dict[str, Any]:
     return {"merge_method": "task_arithmetic", "base_model": base, "models": listed, **fields}
 
 
-@pytest.mark.parametrize("dora", [False, True])
-def test_recipes_name_adapters_in_a_string_or_apart_and_as_the_base(tmp_path, dora):
-    (first, one), (second, two) = (adapted(tmp_path, i, dora=dora) for i in range(2))
+@pytest.mark.parametrize("kind", ["plain", "dora", "rslora"])
+def test_recipes_name_adapters_in_a_string_or_apart_and_as_the_base(tmp_path, kind):
+    (first, one), (second, two) = (adapted(tmp_path, i, dora=kind == "dora") for i in range(2))
+    if kind == "rslora":  # with a rank whose root is a number, so that the scale is the same
+        for i in range(2):
+            config = tmp_path / f"adapter{i}/adapter_config.json"
+            given = json.loads(config.read_text())
+            given |= {"use_rslora": True, "lora_alpha": 2 * given["r"] ** 0.5}
+            config.write_text(json.dumps(given))
     base, adapter = second.split("+")
     spelt = {"model": {"path": base}, "lora": {"path": adapter}}
     assert first != second

@@ -124,7 +124,36 @@ def test_a_tensor_that_is_neither_read_nor_listed_fails_the_plan(models, monkeyp
     assert "model.norm.weight of b" in raised.value.facts
 
 
-def test_slices_merge_with_parameters_of_four_levels(models):
+def test_the_nearest_of_four_levels_counts(models):
+    """The source's own, then its slice's, its module's, the recipe's."""
+    recipe = {
+        "merge_method": "linear",
+        "parameters": {"weight": 5.0, "normalize": False},
+        "modules": {
+            "default": {
+                "parameters": {"weight": [{"filter": "attn", "value": 3.0}]},
+                "slices": [
+                    {
+                        "sources": [
+                            {"model": "a", "layer_range": [0, 2], "parameters": {"weight": 1.0}},
+                            {"model": "b", "layer_range": [0, 2]},
+                        ],
+                        "parameters": {"weight": [{"filter": "layers.0.attn", "value": 2.0}]},
+                    },
+                ],
+            }
+        },
+    }
+    found, _ = merged(recipe)
+    for n, others in enumerate([(2.0, 5.0), (3.0, 5.0)]):
+        parts = zip(layer(models, "a", n), layer(models, "b", n), others, strict=True)
+        for mine, (first, second, weight) in zip(
+            layer({"out": found}, "out", n), parts, strict=True
+        ):
+            assert torch.allclose(mine, first + weight * second, atol=1e-5)
+
+
+def test_slices_merge_with_parameters_of_three_levels(models):
     recipe = {
         "merge_method": "linear",
         "parameters": {"weight": 4.0, "normalize": False},
