@@ -32,18 +32,21 @@ from __future__ import annotations
 
 from distmerge.credentials import redact
 
+LONGEST = 1000
+"""Characters of a headline, a fact or a fix that are shown."""
+
 
 class DistmergeError(Exception):
     """A headline, the facts behind it and what to do about it.
 
-    `str(error)` is the headline, then each fact on an indented line, then `Fix: ...`. Logins and
-    tokens in what is quoted are replaced by stars.
+    `str(error)` is the headline, then each fact on an indented line, then `Fix: ...`. Of what is
+    quoted, secrets are replaced by stars, control characters by their numbers.
     """
 
     def __init__(self, headline: str, *facts: str, fix: str | None = None) -> None:
-        self.headline = redact(headline)
-        self.facts = tuple(map(redact, facts))
-        self.fix = fix and redact(fix)
+        self.headline = _shown(headline)
+        self.facts = tuple(map(_shown, facts))
+        self.fix = fix and _shown(fix)
         super().__init__(self.headline, *self.facts)
 
     def __str__(self) -> str:
@@ -54,6 +57,14 @@ class DistmergeError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.headline, self.facts, self.fix)
+
+
+def _shown(text: str) -> str:
+    """What may be seen of a text that names from files and recipes are a part of: on one line, of
+    bounded length, without secrets and without what terminals obey."""
+    text = redact(text[: 10 * LONGEST])
+    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 4 :]}"
 
 
 def _rebuild(

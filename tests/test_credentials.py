@@ -87,3 +87,12 @@ def test_an_error_of_another_library_is_told_without_it():
 def test_what_is_redacted_stays_so():
     text = f"{LOGIN} Bearer abcdefghijkl AKIAABCDEFGHIJKLMNOP secret: {SECRET}"
     assert redact(redact(text)) == redact(text)
+
+
+def test_messages_are_bounded_and_terminals_have_nothing_to_obey():
+    error = CheckpointError("a\x1b[31m\nb" + "x" * 10**6, "y" * 10**6, fix="z\r" + "z" * 5000)
+    text = str(error)
+    assert len(text) < 4000
+    assert text.count("\n") == 2
+    assert "\x1b" not in text
+    assert "\r" not in text

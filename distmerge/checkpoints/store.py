@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from distmerge.checkpoints.tensors import FileInfo
@@ -63,6 +63,10 @@ class OutputStore(Protocol):
 
     def is_file(self) -> bool:
         """Is there a file in the place where the output's folder would be?"""
+        ...
+
+    def folders_among(self, paths: Iterable[str]) -> list[str]:
+        """Those of the paths that are folders, so that no file can have the name."""
         ...
 
     def exists(self, path: str) -> bool: ...

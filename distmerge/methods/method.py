@@ -71,8 +71,9 @@ class Parameter:
             )
 
     def _fix(self) -> str:
-        shown = "a value of your own" if self.default is REQUIRED else repr(self.default)
-        return f"'{self.name}: {shown}', or see 'distmerge methods'"
+        if self.default is REQUIRED:
+            return f"'distmerge methods' says what {self.name} may be"
+        return f"'{self.name}: {self.default!r}', or see 'distmerge methods'"
 
 
 @functools.cache

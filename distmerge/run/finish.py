@@ -22,10 +22,11 @@ from distmerge.plan.plan import Plan
 from distmerge.write.card import license_warnings, model_card, parent_of
 from distmerge.write.config import edit_config, eight_bit_section, written_dtype
 from distmerge.write.config_layers import Origin, edit_layers
-from distmerge.write.donor_files import copy_donor_files
-from distmerge.write.index import INDEX_FILE, index_json
+from distmerge.write.donor_files import copy_donor_files, files_to_copy
+from distmerge.write.index import INDEX_FILE, SINGLE_FILE, index_json
 from distmerge.write.manifest import (
     EVENTS_FILE,
+    MANIFEST_FILE,
     InputRecord,
     Manifest,
     ShardRecord,
@@ -74,6 +75,17 @@ def finish(
         "peak_memory": max((receipt.peak_memory for receipt in receipts), default=0),
         "notices": warnings,
     }
+
+
+def names_of_files(plan: Plan) -> set[str]:
+    """Paths of all files that the output will have, or may have."""
+    found = {"README.md", "config.json", RECIPE_FILE, EVENTS_FILE, MANIFEST_FILE, INDEX_FILE}
+    found |= {SINGLE_FILE, *plan.weight_map.values()}
+    if (donor := plan.request.config_from or plan.request.donor) is not None:
+        found |= {info.path for info in files_to_copy(donor.checkpoint.files)}
+    if plan.request.tokenizer is not None:
+        found |= plan.request.tokenizer.files.keys()
+    return found
 
 
 def other_files(plan: Plan, output: OutputStore) -> tuple[dict[str, bytes], dict[str, str]]:

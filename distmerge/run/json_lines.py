@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -52,6 +52,14 @@ def output_of_its_own() -> Iterator[TextIO]:
         os.close(own)
 
 
+def _unwritable(path: str, error: OSError | ValueError) -> OutputError:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return OutputError(
+        f"The event log {path} can't be written: {reason}.",
+        fix="name a file in a folder of this machine that exists and has room",
+    )
+
+
 @contextmanager
 def logged(path: str | None, listener: Listener) -> Iterator[Listener]:
     """A listener that also appends every event to a file, as it happens: a run that goes on from
@@ -65,16 +73,19 @@ def logged(path: str | None, listener: Listener) -> Iterator[Listener]:
         return
     try:
         file = Path(path).open("a", encoding="utf-8")  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise OutputError(
-            f"The event log {path} can't be written: {error.strerror}.",
-            fix="name a file in a folder of this machine that exists",
-        ) from error
-    with file:
+    except (OSError, ValueError) as error:
+        raise _unwritable(path, error) from error
+    try:
         log = JsonWatcher(file)
 
         def both(event: Event) -> None:
-            log(event)
+            try:
+                log(event)
+            except OSError as error:
+                raise _unwritable(path, error) from error
             listener(event)
 
         yield both
+    finally:
+        with suppress(OSError):  # of a line that couldn't be written, which has been told
+            file.close()

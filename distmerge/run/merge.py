@@ -26,7 +26,7 @@ from distmerge.run.events import (
     tell_publishing,
     told_bytes,
 )
-from distmerge.run.finish import finish
+from distmerge.run.finish import finish, names_of_files
 from distmerge.run.intermediates import intermediates
 from distmerge.run.journal import ask_model
 from distmerge.run.options import MergeOptions as MergeOptions
@@ -37,6 +37,7 @@ from distmerge.write.publish import (
     Published,
     check_apart,
     check_free,
+    check_names,
     check_room,
     clean_staging,
     clear_stale,
@@ -154,6 +155,7 @@ def check_place(
     named += [leaf for leaf in (decided.request.donor, decided.request.config_from) if leaf]
     pinned = [c for leaf in named for c in (leaf.checkpoint, *leaf.checkpoint.others)]
     check_apart(output, pinned)
+    check_names(output, names_of_files(decided))
 
 
 def as_request(what: Any, settings: MergeOptions) -> MergeRequest:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from distmerge.checkpoints.spool import remove_abandoned
 from distmerge.checkpoints.store import OutputStore, StorageOptions
+from distmerge.errors import OutputError
 from distmerge.write.index import INDEX_FILE, SINGLE_FILE
 from distmerge.write.lease import LEASE_FILE, lease
 from distmerge.write.local_output import LocalOutput
@@ -35,10 +37,12 @@ def clean(out: str, *, storage_options: StorageOptions | None = None) -> Cleaned
 
     Raises
         OutputLocked: a run is writing there.
-        OutputError: the place can't be reached or written.
+        OutputError: nothing is there; the place can't be reached or written; its index is none.
     """
     output = open_output(out, storage_options)
     spools = remove_abandoned(Path(output.root)) if isinstance(output, LocalOutput) else 0
+    if isinstance(output, LocalOutput) and not os.path.isdir(output.root):
+        raise OutputError(f"Nothing is at {out}.", fix="check the path")
     began = output.exists(LEASE_FILE)
     if not began and not output.list():
         return Cleaned((), output.remove_temporaries() + spools)  # nothing to hold a lease in
@@ -63,7 +67,7 @@ def leftovers(output: OutputStore, files: Iterable[str], *, began: bool) -> set[
     if SINGLE_FILE in files:
         named = {SINGLE_FILE}
     elif INDEX_FILE in files:
-        named = set(json.loads(output.read_bytes(INDEX_FILE))["weight_map"].values())
+        named = _in_index(output)
     else:
         named = set()
     stale = staged | {path for path in files if is_weights(path) and path not in named}
@@ -73,3 +77,15 @@ def leftovers(output: OutputStore, files: Iterable[str], *, began: bool) -> set[
         written = Manifest.from_json(output.read_bytes(MANIFEST_FILE)).files
         stale |= {MANIFEST_FILE, *(path for path in written if path in files)}
     return stale
+
+
+def _in_index(output: OutputStore) -> set[str]:
+    """The shards of a published model."""
+    try:
+        found = json.loads(output.read_bytes(INDEX_FILE))["weight_map"].values()
+        return {path for path in found if isinstance(path, str)}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise OutputError(
+            f"{output.root}/{INDEX_FILE} isn't an index, so what belongs to a model can't be told.",
+            fix="remove it, then what lies there is no model; or merge again with --overwrite",
+        ) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 from distmerge.checkpoints.fsspec_store import is_s3, list_files, open_filesystem
@@ -52,6 +52,10 @@ class FsspecOutput:
     def is_file(self) -> bool:
         """Whether the root is a file instead of a folder."""
         return self._asking(lambda: bool(self._fs.isfile(self._base)))
+
+    def folders_among(self, paths: Iterable[str]) -> list[str]:
+        """None: a file may have the name that others' begin with."""
+        return []
 
     def exists(self, path: str) -> bool:
         """Whether that file is there, whole."""

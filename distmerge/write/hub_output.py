@@ -11,7 +11,7 @@ import hashlib
 import re
 import secrets
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +87,10 @@ class HubOutput:
     def is_file(self) -> bool:
         """Never: a repository is a folder."""
         return False
+
+    def folders_among(self, paths: Iterable[str]) -> list[str]:
+        """None: a file may have the name that others' begin with."""
+        return []
 
     def exists(self, path: str) -> bool:
         """Whether that file is there, whole."""

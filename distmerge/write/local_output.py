@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
 import errno
 import os
 import re
 import secrets
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from distmerge.checkpoints.local_store import tag_of, walk_files
@@ -34,6 +35,7 @@ class LocalOutput:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = os.path.abspath(root)
+        self._is_new = not os.path.isdir(self.root)
 
     def begin(self, digest: str) -> None:
         """Nothing to do: merges are told apart by their receipts."""
@@ -44,6 +46,10 @@ class LocalOutput:
     def is_file(self) -> bool:
         """Whether the root is a file instead of a directory."""
         return os.path.isfile(self.root)
+
+    def folders_among(self, paths: Iterable[str]) -> builtins.list[str]:
+        """Those of the paths that are folders, so that no file can have the name."""
+        return [path for path in paths if os.path.isdir(self._path(path))]
 
     def exists(self, path: str) -> bool:
         """Whether that file is there, whole."""
@@ -95,11 +101,14 @@ class LocalOutput:
         self._remove_emptied(os.path.dirname(full))
 
     def _remove_emptied(self, folder: str) -> None:
-        """As on object stores, a folder is there only as long as it holds a file."""
-        while folder != self.root and folder.startswith(self.root):
+        """As on object stores, a folder is there only as long as it holds a file; the root, if it
+        wasn't there before."""
+        while folder.startswith(self.root) and (self._is_new or folder != self.root):
             try:
                 os.rmdir(folder)
             except OSError:  # not empty, or somebody else was faster
+                return
+            if folder == self.root:
                 return
             folder = os.path.dirname(folder)
 
@@ -237,8 +246,10 @@ def sync_folder(folder: str) -> None:
         os.close(descriptor)
 
 
-def output_error(place: str, error: OSError) -> OutputError:
+def output_error(place: str, error: OSError | ValueError) -> OutputError:
     """What a failure to write means to the person who named the output."""
+    if isinstance(error, ValueError):  # a null character
+        return OutputError(f"{place!r} is no name for an output.", str(error), fix="choose another")
     if error.errno in (errno.EACCES, errno.EPERM):
         return OutputError(f"You may not write {place}.", fix="choose a directory that is yours")
     if error.errno == errno.EROFS:
@@ -252,4 +263,12 @@ def output_error(place: str, error: OSError) -> OutputError:
             f"{place} can't be written, because a file or directory is in its way.",
             fix="choose another output",
         )
-    return OutputError(f"Could not write {place}.", f"{type(error).__name__}: {error}")
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return OutputError(
+            f"{place} is no name for an output.", str(error.strerror), fix="choose another"
+        )
+    return OutputError(
+        f"Could not write {place}.",
+        f"{type(error).__name__}: {error}",
+        fix="look at the disk, then run the same command again, or choose another output",
+    )

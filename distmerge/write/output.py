@@ -8,7 +8,7 @@ import re
 from distmerge.checkpoints.location import HUB_SCHEME, local_path, refuse_credentials
 from distmerge.checkpoints.store import OutputStore, StorageOptions
 from distmerge.errors import CheckpointError, OutputError
-from distmerge.write.local_output import LocalOutput
+from distmerge.write.local_output import LocalOutput, output_error
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|[a-z0-9]+::")
 
@@ -39,9 +39,9 @@ def open_output(
             fix=f"write to {HUB_SCHEME}org/name, or leave --pr out",
         )
     if text.startswith("file://"):
-        return LocalOutput(local_path(text))
+        return _local(local_path(text))
     if not _URL.match(text):
-        return LocalOutput(os.path.expanduser(text))
+        return _local(os.path.expanduser(text))
     try:
         refuse_credentials(text)
     except CheckpointError as error:
@@ -49,3 +49,32 @@ def open_output(
     from distmerge.write.fsspec_output import FsspecOutput
 
     return FsspecOutput(text.rstrip("/") if not text.endswith("://") else text, storage_options)
+
+
+def _local(path: str) -> LocalOutput:
+    """Raises OutputError: no file can be written below a path of this name."""
+    try:
+        path.encode()
+        os.stat(path)
+    except UnicodeEncodeError:
+        raise OutputError(
+            f"The output's name {os.fsencode(path)!r} isn't text.",
+            "its name is recorded in UTF-8",
+            fix="choose another output",
+        ) from None
+    except FileNotFoundError:
+        if os.path.islink(path):
+            raise OutputError(
+                f"{path} is a link to a place that isn't there.",
+                fix="remove the link, or choose another output",
+            ) from None
+        if path.startswith("~"):
+            raise OutputError(
+                f"{path.partition('/')[0]} is no user of this machine.",
+                fix=f"./{path}, if that is a folder's name, or choose another output",
+            ) from None
+    except (OSError, ValueError) as error:
+        raise output_error(path, error) from None
+    if os.path.realpath(path) == os.path.abspath(os.sep):
+        raise OutputError("The output can't be the whole machine.", fix="name a folder of its own")
+    return LocalOutput(path)

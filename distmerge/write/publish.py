@@ -76,6 +76,17 @@ def check_apart(output: OutputStore, models: Iterable[Checkpoint]) -> None:
         )
 
 
+def check_names(output: OutputStore, paths: Iterable[str]) -> None:
+    """Raises OutputError if folders are in the way of files of these names."""
+    folders = output.folders_among(paths)
+    if folders:
+        raise OutputError(
+            f"{output.root} has folders where files are to be written.",
+            ", ".join(folders),
+            fix="remove them, or choose another output",
+        )
+
+
 def _places(model: Checkpoint) -> Iterator[str]:
     """Of its files."""
     root = _place(model.root)

@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from run.family import Family, make_family
 from run.places import place as place
+
+from distmerge.checkpoints.local_store import LocalStore
 
 
 @pytest.fixture(scope="session")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     """A base and four fine-tunes, as directories; nobody changes them."""
     return make_family(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture
+def no_reads(monkeypatch) -> list[str]:
+    """Which weight files were read beyond their headers."""
+    read: list[str] = []
+    original = LocalStore.read_into
+
+    def noting(self: Any, file: Any, start: int, buffer: memoryview) -> None:
+        if file.path.endswith(".safetensors") and start > 8 and len(buffer) > 1000:
+            read.append(file.path)
+        original(self, file, start, buffer)
+
+    monkeypatch.setattr(LocalStore, "read_into", noting)
+    return read
 
 
 @pytest.fixture

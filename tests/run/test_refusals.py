@@ -19,7 +19,6 @@ from run.merging import SMALL, least_memory, small_models
 from run.stopping import PROCESSES
 
 import distmerge
-from distmerge.checkpoints.local_store import LocalStore
 from distmerge.errors import (
     CheckpointError,
     DtypeMismatch,
@@ -48,21 +47,6 @@ def saved(folder: Path, **changes: dict[str, Any]) -> list[str]:
     for model, name in zip(models, ("first", "second"), strict=True):
         model.update(changes.get(name, {}))
     return [save_model(model, folder / str(i)) for i, model in enumerate(models)]
-
-
-@pytest.fixture
-def no_reads(monkeypatch) -> list[str]:
-    """Which weight files were read beyond their headers."""
-    read: list[str] = []
-    original = LocalStore.read_into
-
-    def noting(self: Any, file: Any, start: int, buffer: memoryview) -> None:
-        if file.path.endswith(".safetensors") and start > 8 and len(buffer) > 1000:
-            read.append(file.path)
-        original(self, file, start, buffer)
-
-    monkeypatch.setattr(LocalStore, "read_into", noting)
-    return read
 
 
 def assert_nothing_loads(folder: Path) -> None:
