@@ -63,18 +63,31 @@ if TYPE_CHECKING:
     from distmerge.expressions.lazy import open_lazy as open
     from distmerge.expressions.state_dict import StateDict
     from distmerge.importance import estimate_fisher, save_importance
+    from distmerge.methods.agents import ram, ramplus_tl
     from distmerge.methods.cutoff import cutoff, keep_above
     from distmerge.methods.declare import dict_map, layer_merge, model_merge
+    from distmerge.methods.della import della, della_linear
     from distmerge.methods.examples import max_magnitude, median
+    from distmerge.methods.linear import linear, passthrough
     from distmerge.methods.linear import linear as soup
     from distmerge.methods.method import PerModel
     from distmerge.methods.reductions import dots, largest, total
     from distmerge.methods.registry import find_method
-    from distmerge.methods.spherical import slerp
+    from distmerge.methods.sce import sce
+    from distmerge.methods.spherical import karcher, multislerp, nuslerp, slerp
+    from distmerge.methods.stock import model_stock
     from distmerge.methods.stock import model_stock as stock
+    from distmerge.methods.swaps import arcee_fusion, nearswap
+    from distmerge.methods.task_vectors import (
+        breadcrumbs,
+        breadcrumbs_ties,
+        dare_linear,
+        dare_ties,
+        task_arithmetic,
+        ties,
+    )
     from distmerge.methods.task_vectors import dare_linear as dare
     from distmerge.methods.task_vectors import task_arithmetic as task
-    from distmerge.methods.task_vectors import ties
     from distmerge.run.merge import merge
     from distmerge.sweeps.run import sweep
     from distmerge.sweeps.search import search
@@ -106,28 +119,46 @@ __all__ = [
     "UnknownMethod",
     "VerificationFailed",
     "WorkerLost",
+    "arcee_fusion",
+    "breadcrumbs",
+    "breadcrumbs_ties",
     "cutoff",
     "dare",
+    "dare_linear",
+    "dare_ties",
+    "della",
+    "della_linear",
     "dict_map",
     "dots",
     "estimate_fisher",
     "find_method",
     "fisher",
+    "karcher",
     "keep_above",
     "largest",
     "layer_merge",
+    "linear",
     "max_magnitude",
     "median",
     "merge",
     "model_merge",
+    "model_stock",
+    "multislerp",
+    "nearswap",
+    "nuslerp",
     "open",
+    "passthrough",
+    "ram",
+    "ramplus_tl",
     "save_importance",
+    "sce",
     "search",
     "slerp",
     "soup",
     "stock",
     "sweep",
     "task",
+    "task_arithmetic",
     "ties",
     "total",
 ]
@@ -136,28 +167,46 @@ _HOMES = {
     "LazyStateDict": "expressions.lazy",
     "PerModel": "methods.method",
     "StateDict": "expressions.state_dict",
+    "arcee_fusion": "methods.swaps",
+    "breadcrumbs": "methods.task_vectors",
+    "breadcrumbs_ties": "methods.task_vectors",
     "cutoff": "methods.cutoff",
     "dare": "methods.task_vectors:dare_linear",
+    "dare_linear": "methods.task_vectors",
+    "dare_ties": "methods.task_vectors",
+    "della": "methods.della",
+    "della_linear": "methods.della",
     "dict_map": "methods.declare",
     "dots": "methods.reductions",
     "estimate_fisher": "importance",
     "find_method": "methods.registry",
     "fisher": "expressions.fisher_call",
+    "karcher": "methods.spherical",
     "keep_above": "methods.cutoff",
     "largest": "methods.reductions",
     "layer_merge": "methods.declare",
+    "linear": "methods.linear",
     "max_magnitude": "methods.examples",
     "median": "methods.examples",
     "merge": "run.merge",
     "model_merge": "methods.declare",
+    "model_stock": "methods.stock",
+    "multislerp": "methods.spherical",
+    "nearswap": "methods.swaps",
+    "nuslerp": "methods.spherical",
     "open": "expressions.lazy:open_lazy",
+    "passthrough": "methods.linear",
+    "ram": "methods.agents",
+    "ramplus_tl": "methods.agents",
     "save_importance": "importance",
+    "sce": "methods.sce",
     "search": "sweeps.search",
     "slerp": "methods.spherical",
     "soup": "methods.linear:linear",
     "stock": "methods.stock:model_stock",
     "sweep": "sweeps.run",
     "task": "methods.task_vectors:task_arithmetic",
+    "task_arithmetic": "methods.task_vectors",
     "ties": "methods.task_vectors",
     "total": "methods.reductions",
 }
@@ -175,9 +224,20 @@ def __getattr__(name: str) -> Any:
 
         return version("distmerge")
     if name not in __all__:
-        raise AttributeError(f"module 'distmerge' has no attribute {name!r}")
+        raise AttributeError(f"module 'distmerge' has no attribute {name!r}.{_hint(name)}")
     globals()[name] = found = _load(name)
     return found
+
+
+def _hint(name: str) -> str:
+    """What may have been meant; nothing for what Python itself looks for."""
+    if name.startswith("_"):
+        return ""
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, __all__, 1)
+    meant = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{meant} Methods of files and packages: distmerge.find_method('file.py:function')"
 
 
 def __dir__() -> list[str]:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from distmerge.errors import OutputError, ParameterError
+from distmerge.expressions.arithmetic import is_pipeline
+from distmerge.huggingface import load_pipeline
 
 if TYPE_CHECKING:
     from transformers import Pipeline
@@ -26,7 +28,9 @@ IMPORTANCE_FILE = "importance.safetensors"
 _NO_WINDOW = 2**31 - 1
 
 
-def estimate_fisher(pipeline: Pipeline, dataset: Iterable[Any]) -> dict[str, Tensor]:
+def estimate_fisher(
+    pipeline: Pipeline | str | os.PathLike[str], dataset: Iterable[Any], task: str | None = None
+) -> dict[str, Tensor]:
     """How much the model's predictions on this data depend on each parameter.
 
     The mean over the examples of the squared gradient of the log-likelihood: for a generative
@@ -35,17 +39,21 @@ def estimate_fisher(pipeline: Pipeline, dataset: Iterable[Any]) -> dict[str, Ten
     are taken one by one; a text counts up to the model's window. The model is left as it was.
 
     Parameters
-        pipeline: of a causal language model or of a classifier, texts or images alike.
+        pipeline: of a causal language model or of a classifier, texts or images alike; or the
+            name of such a model, a local directory or a Hub id.
         dataset: inputs of that pipeline: texts, or mappings with `text` (and `text_pair`).
+        task: for a name: the pipeline's task; by default that of the config.
 
     Returns
         Parameter name -> tensor of its shape, at least float32, in module order, tied ones once.
 
     Raises
         ParameterError: no examples, an empty one, or a model of another kind.
+        CheckpointNotFound, AccessDenied, CheckpointError: there is no such model to load.
     """
     if isinstance(dataset, str):
         raise ParameterError("The dataset is one text.", fix="fisher(..., dataset=[text])")
+    pipeline = _loaded(pipeline, task)
     count = 0
     with _differentiable(pipeline.model) as params:
         sums = {name: torch.zeros_like(p, dtype=_wide(p)) for name, p in params.items()}
@@ -62,10 +70,26 @@ def estimate_fisher(pipeline: Pipeline, dataset: Iterable[Any]) -> dict[str, Ten
     return {name: total / count for name, total in sums.items()}
 
 
+def _loaded(model: Pipeline | str | os.PathLike[str], task: str | None) -> Pipeline:
+    if isinstance(model, str | os.PathLike):
+        return load_pipeline(os.fspath(model), task)
+    if not is_pipeline(model):
+        raise ParameterError(
+            f"Importances can't be estimated from a {type(model).__name__} alone.",
+            fix="give the model's name, or a pipeline: transformers.pipeline(...)",
+        )
+    return model
+
+
 def save_importance(fisher: Mapping[str, Tensor], url: str | os.PathLike[str]) -> str:
     """Write an importance checkpoint: one safetensors file with the model's parameter names.
 
+        texts = ["The court may order the release.", ...]
+        save_importance(estimate_fisher("org/law", texts), "law-importance")
+        fisher(["org/law", "org/cooking"], fishers=["law-importance", "cooking-importance"])
+
     Parameters
+        fisher: what `estimate_fisher` gives.
         url: a local directory, made if need be, which gets an `importance.safetensors`; or the
             path of a `.safetensors` file.
 
@@ -74,9 +98,15 @@ def save_importance(fisher: Mapping[str, Tensor], url: str | os.PathLike[str]) -
 
     Raises
         OutputError: the place is not local or can't be written.
+        ParameterError: these are no importances.
     """
     from safetensors.torch import save_file
 
+    if not isinstance(fisher, Mapping):
+        raise ParameterError(
+            f"A {type(fisher).__name__} is no importances.",
+            fix="save_importance(estimate_fisher(model, texts), place)",
+        )
     place = os.fspath(url).removeprefix("file://")
     if "://" in place:
         raise OutputError(

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 
-from distmerge.errors import OutputError, ParameterError
+from distmerge.errors import CheckpointNotFound, OutputError, ParameterError
 from distmerge.importance import estimate_fisher, save_importance
 
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "mat", "hill", "and", "then", "slept"]
@@ -98,6 +98,28 @@ def test_a_language_models_is_that_of_its_texts():
         for name, param in pipe.model.named_parameters():
             expected[name] += param.grad**2 / len(TEXTS)
     assert_close(found, expected)
+
+
+def test_a_name_is_loaded(tmp_path):
+    pipe = generator()
+    pipe.save_pretrained(tmp_path / "model")
+    expected = estimate_fisher(pipe, TEXTS)
+    for name in (str(tmp_path / "model"), tmp_path / "model"):
+        for task in (None, "text-generation"):
+            found = estimate_fisher(name, TEXTS, task)
+            assert list(found) == list(expected)
+            assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_what_is_no_model_or_no_importances(tmp_path):
+    with pytest.raises(CheckpointNotFound, match="no-such-model"):
+        estimate_fisher(tmp_path / "no-such-model", TEXTS)
+    with pytest.raises(ParameterError, match="GPT2LMHeadModel alone"):
+        estimate_fisher(generator().model, TEXTS)
+    with pytest.raises(ParameterError, match="A str is no importances") as raised:
+        save_importance("law", tmp_path / "importance")
+    assert "estimate_fisher" in raised.value.fix
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_classifiers_is_the_expectation_over_its_labels():

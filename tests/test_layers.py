@@ -44,6 +44,7 @@ everything."""
 DOORS = {
     "a method called on models": {
         ("methods/method.py", "distmerge.expressions.calls"),
+        ("methods/method.py", "distmerge.expressions.call_help"),
         ("methods/declare.py", "distmerge.expressions.model_calls"),
     },
     ".save and .collect": {

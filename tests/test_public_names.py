@@ -12,16 +12,18 @@ import pytest
 
 import distmerge
 import distmerge.errors
+from distmerge.expressions.recipe_words import MERGEKIT_METHODS
 
 SOURCE = Path(distmerge.__file__)
 NAMES = """
 AccessDenied CheckpointError CheckpointNotFound DistmergeError DtypeMismatch KeyMismatch
 LazyStateDict MalformedCheckpoint MemoryBudgetError MethodError MismatchError NonFiniteResult
 OutputError OutputExists OutputLocked ParameterError PerModel ReadFailed RecipeError ShapeMismatch
-SourceChanged StateDict SweepFailed UnknownMethod VerificationFailed WorkerLost cutoff dare
-dict_map dots estimate_fisher find_method fisher keep_above largest layer_merge max_magnitude median
-merge model_merge open save_importance search slerp soup stock sweep task ties
-total
+SourceChanged StateDict SweepFailed UnknownMethod VerificationFailed WorkerLost arcee_fusion
+breadcrumbs breadcrumbs_ties cutoff dare dare_linear dare_ties della della_linear dict_map dots
+estimate_fisher find_method fisher karcher keep_above largest layer_merge linear max_magnitude
+median merge model_merge model_stock multislerp nearswap nuslerp open passthrough ram ramplus_tl
+save_importance sce search slerp soup stock sweep task task_arithmetic ties total
 """
 PUBLIC = NAMES.split()
 
@@ -103,6 +105,22 @@ def test_unknown_names_are_attribute_errors():
     with pytest.raises(AttributeError, match="merge_all"):
         distmerge.merge_all  # noqa: B018
     assert distmerge.__version__
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"), [("dare_tise", "dare_ties"), ("lineer", "linear"), ("serch", "search")]
+)
+def test_misspelt_names_are_told_the_nearest(wrong, meant):
+    with pytest.raises(AttributeError, match=f"Did you mean '{meant}'"):
+        getattr(distmerge, wrong)
+    assert not hasattr(distmerge, wrong)
+    with pytest.raises(AttributeError, match=r"find_method\('file.py:function'\)"):
+        distmerge.zzz  # noqa: B018
+
+
+@pytest.mark.parametrize("name", sorted(MERGEKIT_METHODS))
+def test_every_method_of_the_recipe_language_is_a_call(name):
+    assert getattr(distmerge, name) is distmerge.find_method(name)
 
 
 def test_the_tour_names_every_part_of_the_package():

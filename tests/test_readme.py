@@ -11,6 +11,7 @@ import yaml
 from small_models import gpt2, save
 from snippets import read_snippets, run_snippet
 
+import distmerge
 from distmerge.expressions.recipe import load_recipe
 from distmerge.methods.registry import find_method, method_names
 from distmerge.run.merge import plan
@@ -116,6 +117,28 @@ def test_every_piece_of_a_recipe_means_something(here, models):
             assert recipe.request().warnings == (), str(piece)
     for piece in read_snippets(RECIPES):
         run_snippet(piece, {})
+
+
+def test_the_example_of_judging_tells_candidates_apart(here):
+    for snippet in read_snippets(REPOSITORY / "docs" / "how-to.md"):
+        if snippet.file in ("ties.yml", "judging.py", "judged.yml"):
+            run_snippet(snippet, {})
+    results = distmerge.sweep("judged.yml", "judged")
+    by_density = [r.scores["moved"] for r in sorted(results, key=lambda r: str(r.settings))]
+    assert len(by_density) == 3
+    assert by_density[0] < by_density[1] < by_density[2]
+    assert [bool(result.place) for result in results].count(True) == 1
+
+
+@pytest.mark.parametrize("title", ["Importances for Fisher merging", "State dicts of one's own"])
+def test_a_part_of_the_guide_stands_alone(title, here):
+    text = (REPOSITORY / "docs" / "how-to.md").read_text()
+    part = text.partition(f"## {title}\n")[2].partition("\n## ")[0]
+    assert part
+    (here / "part.md").write_text(part)
+    namespace = {"__name__": "guide", "distmerge": distmerge}
+    for snippet in read_snippets(here / "part.md"):
+        run_snippet(snippet, namespace)
 
 
 def test_every_method_and_parameter_is_in_the_guide():

@@ -16,31 +16,58 @@ from distmerge.methods.method import MergeMethod
 
 @dataclass(frozen=True)
 class CallOptions:
-    """The keywords that every call takes, whatever the method."""
+    """The keywords that every call takes, whatever the method; `help()` shows what is told."""
 
-    base_index: int | None = 0
-    """Which model is the base, for methods that know one; None for no base."""
-    task: str | None = None
-    """For models given by name: the pipeline's task; inferred from the config if left out."""
-    passthrough: Iterable[str] | str | None = None
-    """Keys, or modules' names, that aren't merged: the mean of the models that have them, the
-    base left out."""
-    passthrough_layers: Iterable[str] | str | None = None
-    """The same; both count."""
-    on_missing: OnMissing = "error"
-    """What becomes of keys that a model lacks: see `distmerge.expressions.nodes.OnMissing`."""
-    verbose: bool = False
-    """Log what is merged and how names were matched, to the logger `distmerge`."""
-    out: str | os.PathLike[str] | None = None
-    """Stream the result to this directory or URL; the written checkpoint comes back, lazily."""
-    device: str | int | torch.device | None = None
-    """Where the result is put."""
-    seed: int | None = None
-    """Of methods that draw random numbers; 0 if left out."""
-    storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
-    """fsspec's, for models given by URL and for `out`."""
-    framework: Any = None
-    """Dropped: everything is torch."""
+    base_index: int | None = field(
+        default=0,
+        metadata={"told": "which model is the base, for methods that know one; None for no base"},
+    )
+    task: str | None = field(
+        default=None,
+        metadata={"told": "for models given by name: the pipeline's; inferred if left out"},
+    )
+    passthrough: Iterable[str] | str | None = field(
+        default=None,
+        metadata={
+            "told": "keys, or modules' names, that aren't merged: the mean of the models that "
+            "have them, the base left out"
+        },
+    )
+    passthrough_layers: Iterable[str] | str | None = field(
+        default=None, metadata={"told": "the same as passthrough; both count"}
+    )
+    on_missing: OnMissing = field(
+        default="error",
+        metadata={
+            "told": "what becomes of keys that a model lacks: 'error' refuses, 'common' leaves "
+            "them out, 'base' takes the base's, 'average' those of the models that have them"
+        },
+    )
+    verbose: bool = field(
+        default=False,
+        metadata={"told": "log what is merged and how names were matched, to 'distmerge'"},
+    )
+    out: str | os.PathLike[str] | None = field(
+        default=None,
+        metadata={"told": "stream the result to this directory or URL, and open that lazily"},
+    )
+    overwrite: bool = field(
+        default=False, metadata={"told": "replace what out holds, a model or other files"}
+    )
+    device: str | int | torch.device | None = field(
+        default=None, metadata={"told": "where the result is put"}
+    )
+    seed: int | None = field(
+        default=None, metadata={"told": "of methods that draw random numbers; 0 if left out"}
+    )
+    storage_options: Mapping[str, Any] | None = field(
+        default=None,
+        repr=False,
+        metadata={"told": "fsspec's, for models given by URL and for out"},
+    )
+    framework: Any = field(
+        default=None, metadata={"told": "accepted and ignored: everything is torch"}
+    )
 
     @property
     def passed(self) -> frozenset[str]:

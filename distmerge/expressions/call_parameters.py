@@ -5,13 +5,15 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from distmerge.errors import ParameterError
-from distmerge.methods.method import MergeMethod
+from distmerge.expressions.call_arguments import CallOptions
+from distmerge.methods.method import REQUIRED, MergeMethod
 from distmerge.methods.parameters import Fallback, Filtered, Gradient, in_float32, too_large
 
 CALL_WORDS: Mapping[str, str] = {
@@ -37,7 +39,7 @@ def recipe_parameters(
 
     Raises
         ParameterError: an unknown keyword, a value of the wrong type or out of range, one value
-            too many or too few, two words for one parameter.
+            too many or too few, two words for one parameter, none for one without a default.
     """
     called, direct = _sorted_out(method, given)
     for word in called:
@@ -51,6 +53,12 @@ def recipe_parameters(
             raise _wrong_count(method, word, value, count)
     translated = method.from_call(count, **called) if method.from_call else {}
     merged = {**translated, **direct}
+    for declared in method.parameters.values():
+        if declared.default is REQUIRED and declared.name not in merged:
+            raise ParameterError(
+                f"{method.name} needs {declared.keyword!r}.",
+                fix=f"{method.name}([...], {declared.keyword}=...)",
+            )
     return tuple((n, _checked(method, n, v, count, called)) for n, v in merged.items())
 
 
@@ -73,7 +81,7 @@ def _sorted_out(
         elif name in spellings or name in method.parameters or method.accepts_any:
             direct[spellings.get(name, name)] = _plain(value)
         elif not method.drops_unknown:
-            raise _unknown(method, name, [*words, *spellings])
+            raise _unknown(method, name, list(dict.fromkeys([*words, *spellings])))
     return called, direct
 
 
@@ -127,9 +135,11 @@ def _wrong_count(method: MergeMethod, name: str, value: list[Any], count: int) -
 
 
 def _unknown(method: MergeMethod, name: str, known: list[str]) -> ParameterError:
-    near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+    options = [option.name for option in fields(CallOptions)]
+    near = difflib.get_close_matches(name, [*known, *options], 1, cutoff=0.5)
     return ParameterError(
         f"{method.name} has no parameter {name!r}.",
         f"it has: {', '.join(known) or 'none'}",
+        f"every call has: {', '.join(options)}",
         fix=f"write '{near[0]}='" if near else f"leave {name}= out",
     )

@@ -105,7 +105,9 @@ def hand_back(
     if options.verbose:
         _log.info("%s", result.explain())
     if options.out is not None:
-        return result.save(options.out, storage_options=options.storage_options)
+        return result.save(
+            options.out, overwrite=options.overwrite, storage_options=options.storage_options
+        )
     if kind == "lazy":
         return result
     _ = len(result)  # plans every key: models that don't fit together are refused first

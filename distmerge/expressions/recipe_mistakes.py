@@ -11,7 +11,7 @@ from distmerge.checkpoints.renaming import FORM
 from distmerge.credentials import redact
 from distmerge.errors import DistmergeError, RecipeError
 from distmerge.expressions.recipe_text import Document, dotted
-from distmerge.expressions.recipe_words import MERGEKIT_METHODS
+from distmerge.expressions.recipe_words import MERGEKIT_METHODS, MERGEKIT_MOE
 from distmerge.methods.method import MergeMethod
 from distmerge.methods.registry import find_method
 
@@ -86,6 +86,8 @@ def explained(
 def named_method(document: Document) -> MergeMethod:
     """The method that a recipe names. Raises RecipeError, UnknownMethod."""
     name = document.data.get("merge_method")
+    if name is None:
+        _refuse_moe(document)
     if name is None or not isinstance(name, str):
         near = difflib.get_close_matches("merge_method", list(document.data), 1)
         facts = [f"{document.where((near[0],))}: {near[0]!r} is no key of a recipe"] if near else []
@@ -100,3 +102,15 @@ def named_method(document: Document) -> MergeMethod:
             facts.append("mergekit's method of that name is not supported yet")
             fix = "choose one of the known ones; 'distmerge methods' describes them"
         raise type(error)(error.headline, *facts, fix=fix) from None
+
+
+def _refuse_moe(document: Document) -> None:
+    found = [key for key in MERGEKIT_MOE if key in document.data]
+    if found:
+        raise RecipeError(
+            f"{document.origin} is a file for mergekit-moe, not a merge: it makes models the "
+            "experts of a new one.",
+            *(f"{document.where((key,))}: {key}" for key in found),
+            fix="make the mixture with mergekit-moe (it can be merged here afterwards), or list "
+            "the experts under 'models:' with a 'merge_method:'",
+        )

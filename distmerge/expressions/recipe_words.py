@@ -52,6 +52,8 @@ MERGEKIT_METHODS = _words("""
     della della_linear breadcrumbs breadcrumbs_ties sce ram ramplus_tl model_stock nearswap
     arcee_fusion passthrough
 """)
+MERGEKIT_MOE = ("experts", "gate_mode")
+"""Keys by which the files of mergekit-moe are known, another program of mergekit's."""
 CALL_NAMES = {
     "k": "density",
     "p": "density",

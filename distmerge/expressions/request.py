@@ -38,6 +38,11 @@ class MergeRequest:
     """Is that an error?"""
     storage_options: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def files_from(self) -> Leaf | None:
+        """Who gives config, tokenizer and the other files."""
+        return self.config_from or self.donor
+
 
 def request_for(root: Expression, **settings: Any) -> MergeRequest:
     """A request whose donor is the first checkpoint in the expression, the base where there is

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,10 @@ from distmerge.expressions.arithmetic import (
     is_pipeline,
     shape_text,
 )
-from distmerge.expressions.nodes import OnMissing, Operator
+from distmerge.expressions.nodes import OnMissing, Operator, TensorLeaf
+
+if TYPE_CHECKING:
+    from distmerge.expressions.lazy import LazyStateDict
 
 
 class StateDict(Arithmetic, dict[str, Tensor]):
@@ -127,6 +131,29 @@ class StateDict(Arithmetic, dict[str, Tensor]):
             f"A {type(model).__name__} is no model to put weights into.",
             fix="to_model() of a name, a module, a pipeline or a dict",
         )
+
+    def save(
+        self,
+        out: str | os.PathLike[str],
+        *,
+        like: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> LazyStateDict:
+        """Write a checkpoint as merges do: shards, index and manifest. It comes back, opened.
+
+        like: the name of a model that gives config, tokenizer and the other files; without one
+            the checkpoint has weights alone, which transformers can't load.
+        options: those of `distmerge.merge`: max_shard_size, out_dtype, overwrite, ...
+
+        Raises
+            what `distmerge.merge` does
+        """
+        from distmerge.expressions.lazy import LazyStateDict, open_lazy  # built of what is here
+
+        given = options.get("storage_options")
+        donor = None if like is None else open_lazy(like, storage_options=given).request().donor
+        held = TensorLeaf(dict(self), "state_dict")
+        return LazyStateDict(held, donor=donor).save(out, **options)
 
     # --- parts and copies
 

@@ -8,7 +8,7 @@ from typing import Any, overload
 
 from distmerge.errors import MethodError
 from distmerge.methods.blocks import Granularity
-from distmerge.methods.method import MergeMethod
+from distmerge.methods.method import MergeMethod, told
 from distmerge.methods.signature import describe
 
 Function = Callable[..., Any]
@@ -66,6 +66,7 @@ def dict_map(names: Function | Iterable[str] | None = None) -> Any:
     return lambda function: replace(describe(function, inputs=inputs), drops_unknown=True)
 
 
+@told
 @dataclass(frozen=True, eq=False)
 class ModelMethod:
     """A function of whole state dicts.
@@ -78,9 +79,8 @@ class ModelMethod:
     """What its signature says."""
 
     def __post_init__(self) -> None:
-        function = self.description.function
-        self.__dict__.update(__wrapped__=function, __doc__=function.__doc__)
-        self.__dict__["__name__"] = self.description.name
+        described = self.description
+        self.__dict__.update(__wrapped__=described.function, __name__=described.name)
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
         from distmerge.expressions.model_calls import call_model_method  # a door upward

@@ -81,6 +81,32 @@ def _adapter(annotation: Any) -> TypeAdapter[Any]:
     return TypeAdapter(annotation)
 
 
+class _Told:
+    """What help() and signature() say of a call: made when it is asked for, as what every call
+    takes is known further up."""
+
+    def __init__(self, doc: str | None = None) -> None:
+        """doc: the class's own; None where this is the signature."""
+        self._doc = doc
+
+    def __get__(self, method: Any, owner: type) -> Any:
+        if method is not None:
+            from distmerge.expressions.call_help import call_doc, call_signature  # a door upward
+
+            return (call_doc if self._doc else call_signature)(method.description)
+        if self._doc is None:
+            raise AttributeError(f"{owner.__name__} has the signature of any class")
+        return self._doc
+
+
+def told(kind: type[T]) -> type[T]:
+    """Instances of this class say how they are called; each has a `description`, a method."""
+    setattr(kind, "__doc__", _Told(kind.__doc__))  # noqa: B010
+    setattr(kind, "__signature__", _Told())  # noqa: B010
+    return kind
+
+
+@told
 @dataclass(frozen=True, eq=False)
 class MergeMethod:
     """A registered function, and all that planning needs to know of it.
@@ -113,8 +139,7 @@ class MergeMethod:
 
     def __post_init__(self) -> None:
         # What functools.update_wrapper would set, on a frozen instance.
-        self.__dict__.update(__wrapped__=self.function, __doc__=self.function.__doc__)
-        self.__dict__["__name__"] = self.name
+        self.__dict__.update(__wrapped__=self.function, __name__=self.name)
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
         from distmerge.expressions.calls import call_method  # a door upward
@@ -130,6 +155,11 @@ class MergeMethod:
         travels_as_code(self.function)
         state = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return _restore, (state,)
+
+    @property
+    def description(self) -> MergeMethod:
+        """Itself, where a function of whole models has another one."""
+        return self
 
     @property
     def generator(self) -> bool:

@@ -1,7 +1,8 @@
 """What an output's bytes depend on, as one hash: resume trusts only an equal one.
 
-In: the expression, input fingerprints, the seed, methods' sources, shard layout and dtypes (the
-shards' headers), the format version, torch's version and instruction class, the device.
+In: the expression, input fingerprints, who gives the config, the seed, methods' sources, shard
+layout and dtypes (the shards' headers), the format version, torch's version and instruction class,
+the device.
 Out: workers, engine, memory, names and places of the inputs.
 """
 
@@ -52,14 +53,18 @@ def digest_of(
     headers: Iterable[bytes],
     kernel: str,
     tokenizer: TokenizerFiles | None = None,
+    donor: Leaf | None = None,
 ) -> str:
     """32 hexadecimal digits.
 
+    donor: of the config and the other files.
     tokenizer: the output's, where it isn't copied from the donor.
     """
     text = hashlib.blake2b(digest_size=16)
     parts = [str(FORMAT_VERSION), canonical(root), str(seed), kernel]
-    for part in [*parts, tokenizer.digest] if tokenizer else parts:
+    parts += [tokenizer.digest] if tokenizer else []
+    parts += [f"files of {canonical(donor)}"] if donor else []
+    for part in parts:
         text.update(part.encode() + b"\0")
     for header in headers:
         text.update(header)

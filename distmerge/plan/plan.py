@@ -146,8 +146,8 @@ def make_plan(
     outputs = [_output(program, inputs, asked, donors) for program in programs]
     outputs = with_scales(outputs) if eight else outputs
     units, headers = _units(outputs, inputs, max_shard_size)
-    kernel = kernel_class(device)
-    digest = digest_of(request.root, request.seed, headers, kernel, request.tokenizer)
+    kernel, donor = kernel_class(device), request.files_from
+    digest = digest_of(request.root, request.seed, headers, kernel, request.tokenizer, donor)
     if len(units) == 1:
         units = [replace(units[0], path=f"{STAGING}/{digest}/{units[0].shard}")]
     need = largest_need_of(outputs)

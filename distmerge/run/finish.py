@@ -91,7 +91,7 @@ def names_of_files(plan: Plan) -> set[str]:
 def other_files(plan: Plan, output: OutputStore) -> tuple[dict[str, bytes], dict[str, str]]:
     """What loaders need beside the tensors: the donor's files, copied, with their checksums; the
     config and what replaces some of the donor's files, to be written."""
-    donor = plan.request.config_from or plan.request.donor
+    donor = plan.request.files_from
     options = plan.request.storage_options
     checksums: dict[str, str] = {}
     files: dict[str, bytes] = {}

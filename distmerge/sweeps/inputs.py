@@ -51,7 +51,7 @@ def remote_spans(
 
 def _beside(plans: Sequence[Plan]) -> Iterator[Range]:
     """The other files of the models that give them."""
-    donors = {plan.request.config_from or plan.request.donor for plan in plans}
+    donors = {plan.request.files_from for plan in plans}
     for donor in donors:
         if donor is not None:
             checkpoint = donor.checkpoint

@@ -73,20 +73,21 @@ def read_license(store: Store) -> License | None:
 
 
 def license_warnings(parents: Sequence[Parent]) -> list[str]:
-    """A sentence for each thing about the parents' licences that the user must settle."""
+    """What the user should look at in the parents' licences: what they say of themselves, no
+    judgement of what follows."""
     known = dict.fromkeys(p for p in parents if p.license is not None and p.license.is_known)
     unknown = dict.fromkeys(p.name for p in parents if p not in known)
     warnings = []
     if len({parent.license for parent in known}) > 1:
         listed = ", ".join(f"{parent.name} ({parent.license})" for parent in known)
         warnings.append(
-            f"The parents' licences differ: {listed}. "
-            "The merge is bound by all of them, and its card names none."
+            f"The models' licences differ: {listed}. The model card names none of them as the "
+            "merge's; read them before you share it."
         )
     if unknown:
         warnings.append(
-            f"No licence is named by {', '.join(unknown)}. "
-            "Find out what it allows before the merge is published; its card names none."
+            f"No licence is named in README.md or config.json of {', '.join(unknown)}. The model "
+            "card names none for the merge; look where the model comes from before you share it."
         )
     return warnings
 
@@ -142,7 +143,7 @@ def _body(
     dtype: str,
     library_version: str,
 ) -> list[str]:
-    distinct = dict.fromkeys((parent.name, parent.hub_id) for parent in parents)
+    distinct = dict.fromkeys(parents)
     facts = [f"- Method: `{method}`", f"- Dtype: `{dtype}`"]
     if base is not None:
         facts.insert(1, f"- Base: {redact(base)}")
@@ -156,16 +157,16 @@ def _body(
         "",
         "## Models",
         "",
-        *(_listed(*parent) for parent in distinct),
+        *map(_listed, distinct),
         "",
         *(["## Licence", "", *warnings, ""] if warnings else []),
     ]
 
 
-def _listed(name: str, hub_id: str | None) -> str:
-    if hub_id is None:
-        return f"- {redact(name)}"
-    return f"- [{hub_id}](https://huggingface.co/{hub_id})"
+def _listed(parent: Parent) -> str:
+    name = redact(parent.name)
+    link = f"[{name}](https://huggingface.co/{parent.hub_id})" if parent.hub_id else name
+    return f"- {link}, licence: {parent.license or 'not named'}"
 
 
 def _fenced(text: str, language: str) -> list[str]:

@@ -16,6 +16,7 @@ from distmerge.errors import (
     CheckpointError,
     KeyMismatch,
     MethodError,
+    OutputExists,
     ParameterError,
     RecipeError,
     ShapeMismatch,
@@ -164,6 +165,20 @@ def test_out_streams_to_a_checkpoint(names, dicts, expected, tmp_path):
     assert_close(dict(loaded.named_parameters()), expected)
 
 
+def test_out_may_replace_what_is_there(names, dicts, tmp_path):
+    @model_merge
+    def first(models):
+        return models[0]
+
+    linear(dicts[:1], out=tmp_path / "out")
+    for merge in (offsets, first):
+        with pytest.raises(OutputExists, match="overwrite=True"):
+            merge(names[1:], out=tmp_path / "out")
+        merge(names[1:], out=tmp_path / "out", overwrite=True)
+    assert_close(load_file(tmp_path / "out" / "model.safetensors"), dicts[1])
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
 def test_names_on_the_hub_and_in_buckets(hub, s3, names, expected):
     ids = ["calls/base", "calls/legal", "recipes"]
     for name, repo in zip(names, ids, strict=True):
@@ -243,6 +258,16 @@ def test_a_pipeline_that_cant_be_made_shows_before_anything_is_merged(names, dic
     assert not seen
     watched(dicts)
     assert seen
+
+
+def test_keywords_that_are_missing_or_misspelt(names):
+    with pytest.raises(ParameterError, match="breadcrumbs needs 'weight'") as raised:
+        distmerge.breadcrumbs(["./no/such", *names])
+    assert raised.value.fix == "breadcrumbs([...], weight=...)"
+    for wrong, meant in (("base", "base_index"), ("overwite", "overwrite"), ("dencity", "density")):
+        with pytest.raises(ParameterError, match=wrong) as raised:
+            ties(["./no/such", *names], **{wrong: 1})
+        assert raised.value.fix == f"write '{meant}='"
 
 
 # The base ---------------------------------------------------------------------------------------

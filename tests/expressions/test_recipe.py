@@ -9,6 +9,14 @@ from distmerge.errors import ParameterError, RecipeError, UnknownMethod
 from distmerge.expressions.recipe import load_recipe
 from distmerge.methods.parameters import Filtered, Gradient
 
+MERGEKIT_MOE = """
+base_model: org/base
+gate_mode: hidden
+experts:
+  - source_model: org/law
+    positive_prompts: [the court]
+"""
+
 TIES = """\
 models:
   - model: org/one
@@ -191,6 +199,12 @@ def test_empty_keys_are_absent_ones():
         (linear(method="nope.py:f"), UnknownMethod, "There is no file nope.py", "path that exists"),
         (linear(method="[ties]"), RecipeError, "names no merge_method", "merge_method: linear"),
         ("models: [a]", RecipeError, "names no merge_method", "merge_method: linear"),
+        (
+            MERGEKIT_MOE,
+            RecipeError,
+            "a file for mergekit-moe",
+            "make the mixture with mergekit-moe",
+        ),
         ("method: ties\nmodels: [a]", RecipeError, "names no merge_method", "merge_method: linear"),
         (linear(parameters="{weight: abc}"), ParameterError, "weight can't be 'abc'", "weight:"),
         (linear(parameters="{weight: .nan}"), ParameterError, "weight can't be nan", "weight: 1.0"),

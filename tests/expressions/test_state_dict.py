@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import operator
 import pickle
 
@@ -11,10 +12,19 @@ import pytest
 import small_models
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import nn
 
-from distmerge.errors import DtypeMismatch, KeyMismatch, ParameterError, RecipeError, ShapeMismatch
+from distmerge.errors import (
+    DtypeMismatch,
+    KeyMismatch,
+    OutputExists,
+    ParameterError,
+    RecipeError,
+    ShapeMismatch,
+)
 from distmerge.expressions.state_dict import StateDict
+from distmerge.write.verify import verify
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 IN_PLACE = {"+": operator.iadd, "-": operator.isub, "*": operator.imul, "/": operator.itruediv}
@@ -399,3 +409,40 @@ def test_to_model_refuses_missing_and_unexpected_keys(base, tmp_path):
             StateDict.from_model(base).remove(["transformer.ln_f.bias"]).to_model(target)
         with pytest.raises(KeyMismatch, match="classifier"):
             (StateDict.from_model(base) | {"classifier": torch.ones(1)}).to_model(target)
+
+
+# To a checkpoint --------------------------------------------------------------------------------
+
+
+def test_it_is_saved_as_a_merge_is(tmp_path):
+    tensors = StateDict((f"layers.{i}.weight", torch.full((64, 64), float(i))) for i in range(3))
+    written = tensors.save(tmp_path / "out", max_shard_size="20KB")
+    shards = sorted((tmp_path / "out").glob("model-*-of-00003.safetensors"))
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(tensors)
+    found = {key: value for shard in shards for key, value in load_file(shard).items()}
+    for read in (found, written.collect()):
+        assert set(read) == set(tensors)
+        assert all(torch.equal(read[key], tensors[key]) for key in tensors)
+    assert verify(str(tmp_path / "out")).ok
+
+
+def test_saved_like_a_model_it_loads(base, tmp_path):
+    name = small_models.save(base, tmp_path / "base")
+    half = StateDict.from_model(base) * 0.5
+    half.save(tmp_path / "out")
+    with pytest.raises(OutputExists):  # the same weights, with a config this time
+        half.save(tmp_path / "out", like=name)
+    half.save(tmp_path / "out", like=name, overwrite=True)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    parameters = dict(loaded.named_parameters())
+    assert all(torch.equal(parameters[key], half[key]) for key in half)
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_what_cant_be_saved_leaves_nothing(tmp_path):
+    with pytest.raises(DtypeMismatch, match="count"):
+        StateDict(count=3).save(tmp_path / "out")
+    with pytest.raises(RecipeError, match="cluster"):
+        StateDict(a=torch.ones(2)).save(tmp_path / "out", engine="ray")
+    assert not list(tmp_path.iterdir())

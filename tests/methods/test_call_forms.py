@@ -296,6 +296,7 @@ def test_fisher_estimates_from_pipelines_and_data(tmp_path):
         dict(distmerge.fisher(names, dataset=iter(TEXTS)).model.named_parameters()),
         dict(distmerge.fisher(pipes, dataset=TEXTS).model.named_parameters()),
         distmerge.fisher(xs, pipelines=pipes, dataset=TEXTS),
+        distmerge.fisher(xs, pipelines=names, dataset=TEXTS),
         distmerge.fisher(xs, fishers=fishers),
     ]
     places = [save_importance(f, tmp_path / f"importance{i}") for i, f in enumerate(fishers)]

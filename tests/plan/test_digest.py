@@ -26,8 +26,8 @@ A, B, C = (checkpoint(tag) for tag in "abc")
 ROOT = apply("ties", [A, B], C, parameters={"weight": [1.0, 0.5], "density": Gradient((0.2, 1))})
 
 
-def digest(root=ROOT, *, seed=0, headers=(b"one", b"two"), kernel="cpu"):
-    return digest_of(root, seed=seed, headers=headers, kernel=kernel)
+def digest(root=ROOT, *, seed=0, headers=(b"one", b"two"), kernel="cpu", donor=A):
+    return digest_of(root, seed=seed, headers=headers, kernel=kernel, donor=donor)
 
 
 def other_method(models, base, **kw):
@@ -41,6 +41,8 @@ def other_method(models, base, **kw):
         {"headers": (b"one", b"three")},
         {"headers": (b"one",)},
         {"kernel": "other"},
+        {"donor": B},
+        {"donor": None},
         {"root": replace(ROOT, base=B)},
         {"root": replace(ROOT, inputs=(("models", (B, A)),))},
         {"root": replace(ROOT, parameters=(("weight", (1.0, 0.6)),))},

@@ -79,7 +79,7 @@ def test_the_body_says_what_was_merged_and_how(tmp_path):
     text = loaded(card(parents), tmp_path).text
     assert text.lstrip().startswith("# legal-cook\n")
     for said in ("`ties`", "`bfloat16`", "distmerge 0.1.0", "https://huggingface.co/org/legal",
-                 "- cook", "density=0.2"):  # fmt: skip
+                 "- cook, licence: mit", "density=0.2"):  # fmt: skip
         assert said in text
     assert "Licence" not in text
 
@@ -141,10 +141,20 @@ def test_a_licence_is_named_only_when_all_agree(tmp_path, licenses, expected):
         assert warning in card(parents)
 
 
+def test_each_model_is_listed_once_with_its_licence():
+    text = card([Parent("org/x", "org/x", QWEN), Parent(None, "y"), Parent("org/x", "org/x", QWEN)])
+    models = text.partition("## Models")[2].partition("##")[0].split("\n")
+    assert [line for line in models if line] == [
+        "- [org/x](https://huggingface.co/org/x), licence: tongyi-qianwen",
+        "- y, licence: not named",
+    ]
+
+
 def test_warnings_name_the_models_and_their_licences():
     same_name = [Parent(None, "model", MIT), Parent(None, "model", APACHE)]
     (warning,) = license_warnings(same_name)
     assert "model (mit), model (apache-2.0)" in warning
+    assert "bound" not in warning, "what follows from licences is not ours to say"
     both = license_warnings([*same_name, Parent("org/x", "org/x"), Parent("org/x", "org/x")])
     assert len(both) == 2
     assert both[1].count("org/x") == 1
