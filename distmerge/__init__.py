@@ -12,7 +12,7 @@ Three ways to say what to merge (a recipe, a decorated function, arithmetic) bec
 a planner turns expression and headers into work units under a memory budget; one function runs a
 unit, and engines differ only in where they call it. The folders, read in order, are that way:
 
-    errors.py        what can go wrong, as a tree
+    errors.py        what can go wrong, as a tree; credentials.py keeps secrets out of it
     checkpoints/     1 what is there: formats, headers, stores, which ranges to fetch together
     expressions/     2 what to compute: nodes, StateDict now and LazyStateDict later, calls, recipes
     methods/         3 how tensors combine: registry, decorators, reductions, one file per family

@@ -17,6 +17,7 @@ from torch import Tensor
 from distmerge.errors import ParameterError, RecipeError
 from distmerge.methods.blocks import Granularity
 from distmerge.methods.random import Draw
+from distmerge.methods.source import source_text
 from distmerge.methods.user_code import travels_as_code
 
 T = TypeVar("T")
@@ -72,7 +73,7 @@ class Parameter:
 
     def _fix(self) -> str:
         if self.default is REQUIRED:
-            return f"'distmerge methods' says what {self.name} may be"
+            return f"'{self.name}: 0.5', or what 'distmerge methods' says it may be"
         return f"'{self.name}: {self.default!r}', or see 'distmerge methods'"
 
 
@@ -166,19 +167,10 @@ class MergeMethod:
         """Does it yield questions?"""
         return inspect.isgeneratorfunction(self.function)
 
-    @functools.cached_property
+    @property
     def source_hash(self) -> str:
-        """Changes when the function's source does, or a number or text that it closes over;
-        functions that it calls are not looked at."""
-        try:
-            text = inspect.getsource(self.function)
-        except (OSError, TypeError):
-            code = self.function.__code__
-            text = repr((code.co_code, code.co_consts, code.co_names))
-        is_function = inspect.isfunction(self.function)
-        closed = inspect.getclosurevars(self.function).nonlocals if is_function else {}
-        plain = {n: v for n, v in closed.items() if isinstance(v, bool | int | float | str | tuple)}
-        text += repr(sorted(plain.items()))
+        """Changes with what the function does, as far as `distmerge.methods.source` can tell."""
+        text = source_text(self.function, alone=self.builtin)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def invoke(

@@ -33,7 +33,7 @@ def parse_size(size: str | int) -> int:
     unit = _UNITS.get(found[2].upper()) if found else None
     if found is None or unit is None:
         raise RecipeError(
-            f"{size!r} is not a size.", fix="write 2GiB, 500MB, 5GB or a number of bytes"
+            f"{size!r:.60} is not a size.", fix="write 2GiB, 500MB, 5GB or a number of bytes"
         )
     return _in_range(_product(found[1], unit), size)
 
@@ -60,7 +60,7 @@ def _product(number: str, unit: int) -> int:
 def _in_range(nbytes: int, size: str | int) -> int:
     if not 0 < nbytes <= LARGEST:
         raise RecipeError(
-            f"{size!r} is {'too large' if nbytes > 0 else 'too small'} for a size.",
+            f"{size!r:.60} is {'too large' if nbytes > 0 else 'too small'} for a size.",
             fix="write 2GiB, 500MB, 5GB or a number of bytes",
         )
     return nbytes

@@ -48,7 +48,7 @@ def keywords(call):
     }
 
 
-@pytest.mark.parametrize("call", CALLED, ids=str)
+@pytest.mark.parametrize("call", CALLED, ids=lambda call: call.__name__)
 def test_models_come_first_then_its_own_words_then_the_options(call):
     names = list(inspect.signature(call).parameters)
     assert names[0] == "models"
@@ -101,7 +101,7 @@ def test_every_keyword_is_taken_with_the_value_shown(name):
     torch.testing.assert_close(said["w"], left_out["w"], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("call", CALLED, ids=str)
+@pytest.mark.parametrize("call", CALLED, ids=lambda call: call.__name__)
 def test_help_names_every_keyword(call):
     text = pydoc.plain(pydoc.render_doc(call))
     for name in [*keywords(call), "models"]:

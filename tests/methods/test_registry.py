@@ -402,6 +402,57 @@ def test_the_source_hash_changes_with_the_source_and_what_it_closes_over():
     assert scaled_by(2.0).source_hash != scaled_by(3.0).source_hash
 
 
+SHARE = 0.25
+
+
+def halved(tensor):
+    return tensor / 2
+
+
+def shared(models, *, scale=SHARE):
+    return sum(halved(model) * SHARE for model in models)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"SHARE": 0.5}, {"SHARE": 1}, {"halved": lambda tensor: tensor / 3}], ids=str
+)
+def test_the_source_hash_changes_with_what_is_beside_the_function(changed, monkeypatch):
+    method = layer_merge(shared)
+    before = method.source_hash
+    assert layer_merge(shared).source_hash == before
+    for name, value in changed.items():
+        monkeypatch.setitem(globals(), name, value)
+    assert method.source_hash != before
+    monkeypatch.undo()
+    assert method.source_hash == before
+
+
+def test_the_source_hash_changes_with_defaults():
+    def made(share):
+        def scaled(models, *, scale=share):
+            return models[0] * scale
+
+        return layer_merge(scaled)
+
+    assert made(1.0).source_hash == made(1.0).source_hash != made(2.0).source_hash
+
+
+def test_a_hash_without_source_is_the_same_in_every_process():
+    code = (
+        "import distmerge\n"
+        "def f(models): return sum(m * len([x for x in {'a', 'b'} if x in {'a', 'b'}]) "
+        "for m in models)\n"
+        "print(distmerge.layer_merge(f).source_hash)"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-"], input=code, capture_output=True, text=True, check=True
+        ).stdout
+        for _ in range(3)
+    }
+    assert len(found) == 1
+
+
 def test_functions_without_source_have_a_hash():
     def made(code):
         space = {}
