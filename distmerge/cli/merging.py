@@ -65,16 +65,16 @@ def merge(
         "overwrite": overwrite,
         "pull_request": pull_request,
     }
+    warn_of_plan(decided := running.plan(request, out, **settings), request)
     if dry_run:
-        warn_of_plan(decided := running.plan(request, out, **settings), request)
         show_plan(decided, as_json=as_json)
         return
     with (
-        watching(json=as_json, quiet=quiet, told=request.warnings) as watcher,
+        watching(json=as_json, quiet=quiet, told=decided.request.warnings) as watcher,
         logged(event_log, watcher) as listener,
     ):
         running.merge(
-            request,
+            decided,
             out,
             listener=listener,
             address=address,

@@ -169,7 +169,8 @@ class Space(BaseModel):
                 if "storage_options" in path.split("."):
                     # A candidate's settings are its name, and stand in tables and reports.
                     raise RecipeError(
-                        f"{part}: {path}: a sweep can't vary storage options, which may be secret.",
+                        "A sweep can't vary storage options, which may be secret.",
+                        f"{part} sets {path}",
                         fix="give them in the recipe, for each bucket: "
                         "storage_options: {'s3://bucket/': {...}}",
                     )

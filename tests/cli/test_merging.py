@@ -58,6 +58,15 @@ def test_a_recipe_on_standard_input(here):
     assert call("verify", "out").exit_code == 0
 
 
+def test_quiet_still_warns_of_what_only_the_headers_show(here):
+    filters = "[{filter: nothing, value: 2.0}, {value: 1.0}]"
+    setting = "models.0.parameters.weight"
+    result = call("merge", recipe(), "out", "--quiet", "--set", f"{setting}={filters}")
+    assert result.exit_code == 0
+    assert result.stderr.startswith(f"Warning: --set {setting}: the filter 'nothing' is a part of")
+    assert result.stderr.count("\n") == 1
+
+
 def test_quiet_still_warns(here):
     result = call("merge", recipe(dype="float16"), "out", "--quiet")
     assert result.exit_code == 0
