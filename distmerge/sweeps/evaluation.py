@@ -169,14 +169,18 @@ def load_evaluator(wanted: Evaluate) -> Evaluator:
     if not callable(function):
         raise RecipeError(f"evaluate: {name} is no function.", fix="name a function")
     try:
-        parameters = list(inspect.signature(function).parameters)
+        signature = inspect.signature(function)
     except (TypeError, ValueError):  # some callables in C don't tell
-        parameters = [""]
-    if not parameters:
+        signature = inspect.signature(lambda state_dict: None)
+    parameters = list(signature.parameters)
+    try:
+        signature.bind(None)
+    except TypeError:
+        takes = ", ".join(parameters) or "nothing"
         raise RecipeError(
-            f"evaluate: {name} takes nothing, and it is given the candidate.",
+            f"evaluate: {name} takes {takes}, and it is given the candidate alone.",
             fix="def score(model): ..., def score(state_dict): ... or def score(pipeline): ...",
-        )
+        ) from None
     by_name = parameters[0] if parameters[0] in get_args(Given) else "state_dict"
     given: Any = wanted.given or by_name
     return Evaluator(function, given, name, _digest(name, given, _source(function)))

@@ -210,3 +210,13 @@ def test_safe_paths(path):
 )
 def test_what_is_behind_a_network(root, far):
     assert is_far(root) is far
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 5000, "/" + "y" * 300, "a\0b", "circle"])
+def test_names_that_no_file_system_has(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(CheckpointError) as caught:
+        locate(name)
+    assert len(str(caught.value)) < 1200
+    assert caught.value.fix

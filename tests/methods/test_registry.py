@@ -414,7 +414,9 @@ def shared(models, *, scale=SHARE):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"SHARE": 0.5}, {"SHARE": 1}, {"halved": lambda tensor: tensor / 3}], ids=str
+    "changed",
+    [{"SHARE": 0.5}, {"SHARE": 1}, {"halved": lambda tensor: tensor / 3}],
+    ids=["another share", "another kind of share", "another function"],
 )
 def test_the_source_hash_changes_with_what_is_beside_the_function(changed, monkeypatch):
     method = layer_merge(shared)
