@@ -82,8 +82,10 @@ def leftovers(output: OutputStore, files: Iterable[str], *, began: bool) -> set[
 def _in_index(output: OutputStore) -> set[str]:
     """The shards of a published model."""
     try:
-        found = json.loads(output.read_bytes(INDEX_FILE))["weight_map"].values()
-        return {path for path in found if isinstance(path, str)}
+        found = set(json.loads(output.read_bytes(INDEX_FILE))["weight_map"].values())
+        if not all(isinstance(path, str) for path in found):
+            raise TypeError
+        return found
     except (ValueError, TypeError, KeyError, AttributeError):
         raise OutputError(
             f"{output.root}/{INDEX_FILE} isn't an index, so what belongs to a model can't be told.",

@@ -85,7 +85,9 @@ def test_an_event_log_without_room_is_one_sentence(recipe, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": 3}', "{}"])
+@pytest.mark.parametrize(
+    "index", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "{}"]
+)
 def test_leftovers_beside_a_broken_index_are_left(tmp_path, index):
     (tmp_path / STAGING).mkdir()
     (tmp_path / STAGING / "receipt.json").write_text("{}")
