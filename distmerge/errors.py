@@ -59,11 +59,18 @@ class DistmergeError(Exception):
         return _rebuild, (type(self), self.headline, self.facts, self.fix)
 
 
+def printable(text: str, *, but: str = "") -> str:
+    """Without control characters: names come from files, and a terminal obeys them.
+
+    but: those that stay.
+    """
+    return "".join(c if c.isprintable() or c in but else f"\\x{ord(c):02x}" for c in text)
+
+
 def _shown(text: str) -> str:
     """What may be seen of a text that names from files and recipes are a part of: on one line, of
     bounded length, without secrets and without what terminals obey."""
-    text = redact(text[: 10 * LONGEST])
-    text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    text = printable(redact(text[: 10 * LONGEST]))
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 4 :]}"
 
 

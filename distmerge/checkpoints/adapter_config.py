@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from distmerge.checkpoints.adapter_patterns import Patterns, check_matches, read_patterns
 from distmerge.checkpoints.layout import listed
-from distmerge.checkpoints.malformed import LARGEST, LARGEST_FLOAT32, quoted
+from distmerge.checkpoints.malformed import LARGEST, quoted
 from distmerge.errors import CheckpointError, MalformedCheckpoint
 
 _READ = frozenset({"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "peft_type"})
@@ -37,7 +38,8 @@ _OF_TRAINING = frozenset(
 )
 _SHOWN = 3
 """Mistakes that an error tells."""
-_Scale = Annotated[float, Field(ge=-LARGEST_FLOAT32, le=LARGEST_FLOAT32)]
+_FLOAT32 = np.finfo(np.float32)
+_Scale = Annotated[float, Field(ge=float(_FLOAT32.min), le=float(_FLOAT32.max))]
 """What a product is scaled by, in float32."""
 _REWRITE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to begin that change the base's weights, which the adapter alone doesn't hold."""

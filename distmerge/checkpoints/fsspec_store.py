@@ -235,17 +235,16 @@ def tag_of(info: Mapping[str, Any]) -> str:
 def explain_fsspec(error: Exception, url: str) -> DistmergeError | None:
     """What a final refusal means; None for what may be asked again."""
     status = http_status(error)
-    place = url
     if type(error).__name__ in _NO_CREDENTIALS:
-        return AccessDenied(f"There are no credentials for {place}.", fix=_CREDENTIALS)
+        return AccessDenied(f"There are no credentials for {url}.", fix=_CREDENTIALS)
     if isinstance(error, PermissionError) or status in (401, 403):
         return AccessDenied(
-            f"{place} refuses these credentials.",
+            f"{url} refuses these credentials.",
             f"the server says: {error}",
             fix=_CREDENTIALS if url.startswith("s3") else "check the storage options",
         )
     if isinstance(error, FileNotFoundError) or status == 404:
-        return CheckpointNotFound(f"Nothing is at {place}.", fix="check the URL")
+        return CheckpointNotFound(f"Nothing is at {url}.", fix="check the URL")
     return None
 
 

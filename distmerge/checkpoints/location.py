@@ -23,9 +23,6 @@ from distmerge.errors import CheckpointError, CheckpointNotFound
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json")
 HUB_SCHEME = "hf://"
-LONGEST_NAME, LONGEST_PART = 8000, 1000
-"""Characters of two names with a plus between them, and of a folder's name in one; file systems
-have limits of their own, below these."""
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|[a-z0-9]+::")
 _SECOND_URL = re.compile(r"(?<=.)\+(?=[A-Za-z][A-Za-z0-9.-]+://)")
@@ -62,12 +59,6 @@ def locate(name: str | os.PathLike[str], *, revision: str | None = None) -> Loca
     if not isinstance(text, str) or not text.strip():
         raise CheckpointError(
             "A model needs a name.", fix="give a directory, a file, a URL or a Hub id"
-        )
-    if len(text) > LONGEST_NAME or max(map(len, text.split("/"))) > LONGEST_PART:
-        raise CheckpointError(
-            f"{text[:40]!r}... is too long for a model's name.",
-            f"it has {len(text):,} characters",
-            fix="give a directory, a file, a URL or a Hub id",
         )
     base, adapter = split_adapter(text)
     if adapter is not None:
@@ -162,11 +153,11 @@ def _locate_path(text: str) -> Location | None:
     path = Path(os.path.expanduser(text))  # a user that isn't there is no error
     try:
         path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except PermissionError:
+        raise
     except (OSError, ValueError) as error:  # too long, a circle of links, a null character
-        if isinstance(error, FileNotFoundError | NotADirectoryError):
-            return None
-        if isinstance(error, PermissionError):
-            raise
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise CheckpointError(
             f"{text!r} is no name of a model.", str(reason), fix="name a model's directory"

@@ -16,8 +16,6 @@ LARGEST = 2**63 - 1
 MAX_DIMENSIONS = 64
 """Of a tensor; torch's own limit for most operations."""
 
-LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
-
 _QUOTE = reprlib.Repr()
 _QUOTE.maxstring = _QUOTE.maxother = _QUOTE.maxlong = 160
 

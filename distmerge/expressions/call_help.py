@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from distmerge.expressions.call_arguments import CallOptions
 from distmerge.expressions.call_parameters import CALL_WORDS, call_words
-from distmerge.methods.method import MergeMethod, Parameter
+from distmerge.methods.method import MergeMethod
 
 F = TypeVar("F", bound=Callable[..., Any])
 _KINDS = inspect.Parameter
@@ -135,10 +135,6 @@ def _meaning(method: MergeMethod, parameter: inspect.Parameter) -> str:
     if parameter.name in call_words(method):
         return ""
     declared = {p.keyword: p for p in method.parameters.values()}.get(parameter.name)
-    return _each(declared)
-
-
-def _each(declared: Parameter | None) -> str:
     return "a number, or a list with one for each model" if declared and declared.per_model else ""
 
 

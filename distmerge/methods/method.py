@@ -59,10 +59,10 @@ class Parameter:
             raise ParameterError(
                 f"{method}: {self.name} can't be {value!r:.100}.", reason, fix=self._fix()
             ) from None
-        self.check_finite(checked, method)
+        self._check_finite(checked, method)
         return checked
 
-    def check_finite(self, value: Any, method: str) -> None:
+    def _check_finite(self, value: Any, method: str) -> None:
         """Refuse a number that would make every result infinite or none. Raises ParameterError."""
         if isinstance(value, float) and not math.isfinite(value):
             raise ParameterError(

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from distmerge.errors import ParameterError
 
-LARGEST = (2 - 2**-23) * 2.0**127
+LARGEST = float(np.finfo(np.float32).max)
 """What float32 holds: a larger number is infinite there, and what is divided by it zero."""
-SMALLEST = 2.0**-149
+SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
 """float32's smallest number above zero."""
 NO_MATCH: Any = object()
 """No filter matched: the next level's value counts, or the method's default."""

@@ -81,7 +81,7 @@ def names_of_files(plan: Plan) -> set[str]:
     """Paths of all files that the output will have, or may have."""
     found = {"README.md", "config.json", RECIPE_FILE, EVENTS_FILE, MANIFEST_FILE, INDEX_FILE}
     found |= {SINGLE_FILE, *plan.weight_map.values()}
-    if (donor := plan.request.config_from or plan.request.donor) is not None:
+    if (donor := plan.request.files_from) is not None:
         found |= {info.path for info in files_to_copy(donor.checkpoint.files)}
     if plan.request.tokenizer is not None:
         found |= plan.request.tokenizer.files.keys()

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TextIO
 
+from distmerge import errors
 from distmerge.plan.sizes import format_size
 from distmerge.run.events import Event, Listener, silent
 from distmerge.run.json_lines import JsonWatcher, output_of_its_own
@@ -255,8 +256,8 @@ def sentences(event: Event, told: set[str]) -> Iterator[str]:
 
 
 def printable(text: str) -> str:
-    """Without control characters: names come from files, and a terminal obeys them."""
-    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)
+    """Lines without control characters."""
+    return errors.printable(text, but="\n")
 
 
 @contextmanager

@@ -108,8 +108,6 @@ class LocalOutput:
                 os.rmdir(folder)
             except OSError:  # not empty, or somebody else was faster
                 return
-            if folder == self.root:
-                return
             folder = os.path.dirname(folder)
 
     def move(self, path: str, to: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -82,3 +83,13 @@ def off_by(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[
         key: float((found[key].double() - x.double()).abs().amax() / x.double().abs().amax())
         for key, x in expected.items()
     }
+
+
+def in_family(given: Any, family: Path, key: str = "") -> Any:
+    """A recipe, or a part of one, with a family's models in place of their names."""
+    if isinstance(given, dict):
+        return {k: in_family(v, family, k) for k, v in given.items()}
+    if isinstance(given, list):
+        return [in_family(one, family, key) for one in given]
+    named = key in ("model", "base_model") and given in (BASE, *TUNED)
+    return str(family / given) if named else given

@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 import yaml
-from parity.families import BASE, TUNED, make_family, off_by
+from parity.families import in_family, make_family, off_by
 from parity.oracle import ensure_mergekit
 from safetensors.torch import load_file
 
 import distmerge
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(3000)]
-NAMES = (BASE, *TUNED)
 
 
 def m(model: str, **parameters: Any) -> dict[str, Any]:
@@ -108,15 +107,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe_of(name: str, family: Path) -> str:
-    def placed(given: Any, key: str = "") -> Any:
-        if isinstance(given, dict):
-            return {k: placed(v, k) for k, v in given.items()}
-        if isinstance(given, list):
-            return [placed(one, key) for one in given]
-        named = key in ("model", "base_model") and given in NAMES
-        return str(family / given) if named else given
-
-    documents = [{"dtype": "float32", **placed(document)} for document in RECIPES[name]]
+    documents = [{"dtype": "float32", **in_family(document, family)} for document in RECIPES[name]]
     return yaml.safe_dump_all(documents, sort_keys=False)
 
 

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parity.families import BASE, TUNED, make_family, off_by
+from parity.families import in_family, make_family, off_by
 from parity.oracle import Job, mergekit_merges
 from safetensors.torch import load_file
 
 import distmerge
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(3000)]
-NAMES = (BASE, *TUNED)
 
 
 def m(model: str, **parameters: Any) -> dict[str, Any]:
@@ -210,16 +209,8 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job(name: str, family: Path) -> Job:
-    def placed(given: Any, key: str = "") -> Any:
-        if isinstance(given, dict):
-            return {k: placed(v, k) for k, v in given.items()}
-        if isinstance(given, list):
-            return [placed(one, key) for one in given]
-        named = key in ("model", "base_model") and given in NAMES
-        return str(family / given) if named else given
-
     method, fields = FORMS[name]
-    return Job(name, {"merge_method": method, "dtype": "float32", **placed(fields)})
+    return Job(name, {"merge_method": method, "dtype": "float32", **in_family(fields, family)})
 
 
 @pytest.fixture(scope="module")

@@ -374,14 +374,19 @@ ODD: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+def refused(folder: Path, config: dict[str, Any], named: str) -> CheckpointError:
+    """What opening a model with an adapter of this config raises, which names that."""
+    base = save_model(large(), folder / "base")
+    adapter = by_hand(folder / "adapter", pair("c", large()["c.weight"], 0), **config)
+    with pytest.raises(CheckpointError, match=named) as caught:
+        distmerge.open(f"{base}+{adapter}")
+    assert "adapter" in str(caught.value)
+    return caught.value
+
+
 @pytest.mark.parametrize("what", ODD)
 def test_values_that_peft_never_writes_are_refused(tmp_path, what):
-    config, named = ODD[what]
-    base = save_model(large(), tmp_path / "base")
-    adapter = by_hand(tmp_path / "adapter", pair("c", large()["c.weight"], 0), **config)
-    with pytest.raises(CheckpointError, match=named) as refused:
-        distmerge.open(f"{base}+{adapter}")
-    assert "adapter" in str(refused.value)
+    refused(tmp_path, *ODD[what])
 
 
 def test_a_pattern_takes_no_longer_than_its_name(tmp_path):
@@ -414,13 +419,7 @@ def test_patterns_that_would_be_gone_through_for_hours_are_refused(tmp_path):
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_an_adapter_asks_for_and_isnt_known_is_refused_by_name(tmp_path, what):
-    config, named = REFUSED[what]
-    base = save_model(large(), tmp_path / "base")
-    adapter = by_hand(tmp_path / "adapter", pair("c", large()["c.weight"], 0), **config)
-    with pytest.raises(CheckpointError, match=named) as refused:
-        distmerge.open(f"{base}+{adapter}")
-    assert "adapter" in str(refused.value)
-    assert refused.value.fix
+    assert refused(tmp_path, *REFUSED[what]).fix
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from distmerge.run.options import MergeOptions
 from distmerge.sweeps import scratch
 from distmerge.sweeps.definition import load_sweep
 from distmerge.sweeps.plan import SweepPlan, plan_sweep
+from distmerge.sweeps.results import Result
 from distmerge.sweeps.scratch import Scratch, Spool, is_in_memory
 
 MODELS = ("base", "law", "food")
@@ -206,21 +207,28 @@ def test_without_room_it_is_refused_or_said(s3, remote, tmp_path, monkeypatch):
     assert isinstance(planned(s3, remote, Scratch(str(tmp_path), enough), **scored).spool, Spool)
 
 
+def judged_on(
+    cluster: RayNodes, s3: LoopbackS3, models: list[str], out: Path, there: Path
+) -> list[Result]:
+    """A sweep of four on a cluster, two candidates at a time, of which the best two are kept."""
+    return distmerge.sweep(
+        {**recipe(models), "grid": {"parameters.density": DENSITIES}},
+        str(out),
+        evaluate={"function": f"{judging.__file__}:two", "at_once": 2},
+        keep="best 2 by loss",
+        engine="ray",
+        address=cluster.address,
+        scratch=str(there),
+        **options(s3, "1GiB"),
+    )
+
+
 @pytest.mark.full
 def test_workers_of_a_cluster_share_their_nodes_spool(s3, local, remote, tmp_path):
     cluster = RayNodes(2)
     try:
         with s3.recording() as seen:
-            results = distmerge.sweep(
-                {**recipe(remote), "grid": {"parameters.density": DENSITIES}},
-                str(tmp_path / "out"),
-                evaluate={"function": f"{judging.__file__}:two", "at_once": 2},
-                keep="best 2 by loss",
-                engine="ray",
-                address=cluster.address,
-                scratch=str(tmp_path / "there"),
-                **options(s3, "1GiB"),
-            )
+            results = judged_on(cluster, s3, remote, tmp_path / "out", tmp_path / "there")
     finally:
         cluster.stop()
     check_read_once(s3, local, seen)
@@ -238,16 +246,7 @@ def test_each_machine_of_a_cluster_has_a_spool_of_its_own(s3, local, remote, tmp
     cluster = RayNodes(1)
     try:
         with s3.recording() as seen, machine_with_disk(cluster.address, there, disk):
-            results = distmerge.sweep(
-                {**recipe(remote), "grid": {"parameters.density": DENSITIES}},
-                str(tmp_path / "out"),
-                evaluate={"function": f"{judging.__file__}:two", "at_once": 2},
-                keep="best 2 by loss",
-                engine="ray",
-                address=cluster.address,
-                scratch=str(there),
-                **options(s3, "1GiB"),
-            )
+            results = judged_on(cluster, s3, remote, tmp_path / "out", there)
             assert left_over(there, disk) == []
     finally:
         cluster.stop()
