@@ -75,9 +75,13 @@ def places(s3, hub, on_the_hub, monkeypatch):
         s3.client().delete_object(Bucket=s3.bucket, Key=key)
 
 
+LONG = ("how-to", "README", "from-mergekit")
+"""Guides whose snippets take longer than half a minute."""
+
+
 @pytest.mark.parametrize(
     "document",
-    [pytest.param(g, marks=[pytest.mark.full] * (g.stem == "how-to"), id=g.stem) for g in GUIDES],
+    [pytest.param(g, marks=[pytest.mark.full] * (g.stem in LONG), id=g.stem) for g in GUIDES],
 )
 def test_every_snippet_works_as_printed(document, here, places):
     first = 2 if document == README else 0  # the commands that set up, which got us here

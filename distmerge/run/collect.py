@@ -103,7 +103,7 @@ class _Memory:
 def _collect_unit(unit: WorkUnit, worker: Worker, known: Mapping[Place, Any]) -> dict[str, Tensor]:
     sizes = [_nbytes(task) for task in unit.tasks]
     memory = _Memory(sum(sizes))
-    writer = worker.writer(memory, b"")
+    writer = worker.writer(memory, b"", len(memory.data))
     try:
         worker.run(unit, known, writer)
         writer.commit()

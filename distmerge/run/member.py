@@ -51,7 +51,8 @@ class Member:
 
     def open(self, unit: WorkUnit) -> None:
         """Begin the unit's file."""
-        self.writer = ShardWriter(self.output.open_write(unit.path), unit.header, self._windows)
+        pending = self.output.open_write(unit.path)
+        self.writer = ShardWriter(pending, unit.header, self._windows, unit.size)
 
     def discard(self) -> None:
         """Leave nothing of a shard that isn't visible."""

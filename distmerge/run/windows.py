@@ -75,7 +75,8 @@ def windows(
         if only_ask and not _asks(task):
             continue
         size = _room(task)
-        streams = size > (most if _passes_once(task) else limit) and not is_strided(task)
+        large = size > (most if _passes_once(task) else limit)
+        streams = large and len(Grid(task.shape)) > 1 and not is_strided(task)
         if gathered and (streams or filled + size > most):
             yield Window(tuple(gathered))
             gathered, filled = [], 0
@@ -95,7 +96,7 @@ def _rounds(
     fixed = sum(fixed_bytes(given) for given in task.inputs.values())
     moving = max(raw_bytes(task) - fixed, 1)
     per_block = -(-moving * min(grid.step, grid.elements) // grid.elements)
-    step = max(1, (most - fixed) // per_block)
+    step = max(1, min((most - fixed) // per_block, len(grid) // 2))
     streamed = Streamed(None if is_copied(task) else begin(task))
     while not streamed.last_round:
         for first in range(0, len(grid), step):

@@ -77,9 +77,9 @@ class Worker:
                 )
             return self._stores[place]
 
-    def writer(self, pending: PendingFile, header: bytes) -> ShardWriter:
+    def writer(self, pending: PendingFile, header: bytes, size: int) -> ShardWriter:
         """Into a file; one at a time, since all use the same memory."""
-        return ShardWriter(pending, header, self.windows(0))
+        return ShardWriter(pending, header, self.windows(0), size)
 
     def windows(self, number: int) -> Sequence[torch.Tensor]:
         """Memory for a writer's output, kept from unit to unit; another for each number."""
@@ -96,7 +96,7 @@ class Worker:
             self._output = open_output(self.settings.output, self.settings.storage_options)
             self._output.begin(self.settings.digest)
         output = self._output
-        writer = self.writer(output.open_write(unit.path), unit.header)
+        writer = self.writer(output.open_write(unit.path), unit.header, unit.size)
         try:
             run = self.run(unit, known, writer)
             checksum = writer.commit()

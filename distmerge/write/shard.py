@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distmerge.checkpoints.store import OutputStore, PendingFile
 from distmerge.checkpoints.tensors import FileInfo
+from distmerge.errors import OutputError
 from distmerge.write.manifest import checksum_text
 
 STAGING = ".distmerge"
@@ -70,8 +71,12 @@ class ShardWriter:
     slowly than it is merged holds the merge up instead of filling memory.
     """
 
-    def __init__(self, pending: PendingFile, header: bytes, windows: Iterable[Tensor]) -> None:
+    def __init__(
+        self, pending: PendingFile, header: bytes, windows: Iterable[Tensor], size: int
+    ) -> None:
+        """size: bytes that the file has once it is whole."""
         self._pending = pending
+        self._whole = size
         self._hash = xxhash.xxh3_128()
         self.size = 0
         self._free: queue.Queue[Tensor] = queue.Queue()
@@ -123,9 +128,19 @@ class ShardWriter:
             self._thread.join()
 
     def commit(self) -> str:
-        """Make the shard durable and visible; its checksum."""
+        """Make the shard durable and visible; its checksum.
+
+        Raises
+            OutputError: more or fewer bytes came than its header speaks of.
+        """
         self._join()
         self._check()
+        if self.size != self._whole:
+            raise OutputError(
+                f"A shard came to {self.size:,} bytes, and its header speaks of {self._whole:,}.",
+                "nothing of it is kept: this is a fault of distmerge's",
+                fix="report it, with the recipe and the shapes of its tensors",
+            )
         self._pending.commit()
         return checksum_text(self._hash)
 

@@ -15,6 +15,8 @@ from distmerge.demo import corpus, training
 from distmerge.demo.perplexity import PerplexityRow, merge_margin, perplexity_table
 from distmerge.demo.training import DemoModels
 
+pytestmark = pytest.mark.full
+
 NAMES = ("base", *corpus.DOMAINS)
 
 
@@ -53,7 +55,6 @@ class TestTrainedModels:
         ]
         assert merge_margin(swapped, ["average", "ties"]) <= 0
 
-    @pytest.mark.full
     @pytest.mark.parametrize("seed", [1, 2])
     def test_with_other_seeds_too(self, train_cached, seed):
         table = measure(train_cached(seed))

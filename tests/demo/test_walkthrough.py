@@ -25,6 +25,8 @@ from distmerge.demo.perplexity import PerplexityRow
 from distmerge.demo.training import DemoModels
 from distmerge.errors import OutputExists
 
+pytestmark = pytest.mark.full
+
 NAMES = ("base", "law", "cooking")
 MERGES = ("average", "ties")
 

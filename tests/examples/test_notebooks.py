@@ -17,6 +17,8 @@ from nbclient import NotebookClient
 from plain_merges import Tensors, assert_close, assert_merged
 from safetensors import safe_open
 
+pytestmark = pytest.mark.full
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BASE = "openai-community/gpt2"
 LEGAL = "umarbutler/open-australian-legal-gpt2"

@@ -15,6 +15,8 @@ from run.family import MODELS, Family, names_below, weight_bytes
 
 import distmerge
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture
 def login(tmp_path):
@@ -68,7 +70,6 @@ def test_it_reads_private_models_and_writes_one(hub, family, private, login, tmp
     hub.remove_repo(out)
 
 
-@pytest.mark.full
 def test_workers_on_ray_find_it_too(hub, private, login, tmp_path):
     more = ["--engine", "ray", "--workers", "1"]
     ran = command(private, "merged", tmp_path, login("hf_read_token"), *more)

@@ -251,3 +251,18 @@ def test_a_part_of_an_expression_accounts_for_the_rest(gpt2s):
     assert_covered(decided)
     assert set(decided.weight_map) == {"wte.weight", "ln_f.bias"}
     assert_covered(plan(base * 2 - law / 2 + food))
+
+
+@pytest.mark.parametrize("rows", [512, 513, 1024])
+def test_so_many_models_that_one_block_of_them_is_more_than_is_read_at_once(rows, tmp_path):
+    random = torch.Generator().manual_seed(rows)
+    models = [
+        {"w": torch.randn(rows, 512, generator=random), "b": torch.randn(7, generator=random)}
+        for _ in range(20)
+    ]
+    named = [{"model": save_model(m, tmp_path / str(i))} for i, m in enumerate(models)]
+    recipe = {"merge_method": "linear", "models": named, "parameters": {"weight": 1.0}}
+    distmerge.merge(recipe, str(tmp_path / "out"), allowed_mem="2GiB")
+    for key, merged in tensors_at(tmp_path / "out").items():
+        mean = torch.stack([m[key].double() for m in models]).mean(0)
+        assert torch.allclose(merged.double(), mean, rtol=1e-5, atol=1e-6)

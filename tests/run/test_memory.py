@@ -100,6 +100,7 @@ def check(found: Outcome, allowed: int) -> None:
     assert found.peak <= found.event("plan")["projected_mem"] <= allowed
 
 
+@pytest.mark.full
 def test_a_linear_merge_of_gigabytes_stays_within_its_memory(place):
     shapes = large(2048, 1024, 20)
     models = [write(place / str(i), shapes) for i in range(2)]
@@ -160,7 +161,8 @@ def transposed_tensors(place: Path) -> dict[str, Any]:
     ("build", "more"),
     [
         (small_tensors, 0),
-        (whole_tensors, 130),  # enough to read twenty of them together
+        # 130: enough to read twenty of them together
+        pytest.param(whole_tensors, 130, marks=pytest.mark.full),
         pytest.param(small_tensors_over_the_model, 0, marks=pytest.mark.full),
         pytest.param(gram_matrices, 0, marks=pytest.mark.full),
         pytest.param(transposed_tensors, 0, marks=pytest.mark.full),

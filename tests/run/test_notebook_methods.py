@@ -7,9 +7,12 @@ import json
 from pathlib import Path
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 from run.family import save_model
 from run.merging import small_models
+
+pytestmark = pytest.mark.full
 
 DEFINE = """
 import json

@@ -65,7 +65,7 @@ def test_it_merges_modules(my):
         assert same_tensors(module.state_dict(), state) == []
 
 
-@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=pytest.mark.full)])
 def test_it_merges_from_a_recipe_on_the_command_line_and_on_ray(
     my, family, expected, tmp_path, engine, request
 ):
@@ -107,6 +107,7 @@ def quarter(models, **kw):
 """A method that needs what lies beside it, in a file that tells which processes run it."""
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("spelling", ["{folder}/travelling.py:quarter", "travelling:quarter"])
 def test_it_reaches_workers_that_have_no_such_file(
     cluster, family, tmp_path, monkeypatch, spelling

@@ -111,6 +111,7 @@ def test_ray_writes_the_bytes_of_the_local_engine(family: Family, tmp_path, work
     assert sum(data["bytes_read"] for data in moved) >= told["plan"]["bytes_in"]
 
 
+@pytest.mark.full
 def test_relative_paths_and_a_users_method_work_on_other_processes(
     my, models, tmp_path, monkeypatch
 ):
@@ -123,6 +124,7 @@ def test_relative_paths_and_a_users_method_work_on_other_processes(
     assert same_tensors(tensors_at(tmp_path / "streamed"), dict(function(tensors))) == []
 
 
+@pytest.mark.full
 def test_a_killed_workers_unit_runs_on_another(my, models, tmp_path):
     events: list[Event] = []
     parameters = {"key": "c", "driver": os.getpid(), "seen": str(tmp_path / "seen")}
@@ -212,6 +214,7 @@ def test_twenty_actors_killed_at_random_moments_change_no_byte(my, tmp_path):
     assert 0 < len(retried) <= killer.killed, "some were killed while a unit ran"
 
 
+@pytest.mark.full
 def test_a_unit_that_kills_every_worker_ends_the_run_and_any_engine_goes_on(my, models, tmp_path):
     parameters = {"key": "b", "driver": os.getpid(), "seen": str(tmp_path / "seen")}
     made = recipe(my, "fragile", models, deaths=3, **parameters)
