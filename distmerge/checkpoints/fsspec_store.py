@@ -11,6 +11,7 @@ import threading
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, cast
+from zipfile import BadZipFile
 
 from distmerge.checkpoints.location import is_safe_path
 from distmerge.checkpoints.parallel import PartReader
@@ -161,9 +162,11 @@ def open_filesystem(
             str(error),
             fix="install it; gs:// comes with 'distmerge[gcs]', abfs:// with 'distmerge[azure]'",
         ) from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OSError, BadZipFile) as error:
         raise CheckpointError(
-            f"{url} can't be opened.", str(error), fix="check the URL's scheme"
+            f"{url} can't be opened.",
+            str(error),
+            fix="check the URL's scheme, and that an archive in it is one",
         ) from error
 
 

@@ -73,6 +73,10 @@ def choose_layout(files: Mapping[str, FileInfo], place: str) -> Layout:
     raise _not_a_checkpoint(files, place)
 
 
+WHOLE = "fetch or copy the checkpoint again, whole"
+"""How to mend what isn't."""
+
+
 def parse_index(data: bytes, index: str, files: Mapping[str, FileInfo]) -> dict[str, str]:
     """An index's weight map, key -> file, each file being one of `files`.
 
@@ -82,14 +86,20 @@ def parse_index(data: bytes, index: str, files: Mapping[str, FileInfo]) -> dict[
         weight_map = json.loads(data)["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise MalformedCheckpoint(
-            f"{index} is not an index: it has no JSON object under 'weight_map'.", str(error)[:200]
+            f"{index} is not an index: it has no JSON object under 'weight_map'.",
+            str(error)[:200],
+            fix=WHOLE,
         ) from error
     if not isinstance(weight_map, dict) or not weight_map:
-        raise MalformedCheckpoint(f"The weight_map of {index} is not an object with entries.")
+        raise MalformedCheckpoint(
+            f"The weight_map of {index} is not an object with entries.", fix=WHOLE
+        )
     for key, path in weight_map.items():
         if not isinstance(path, str) or not is_safe_path(path):
             raise MalformedCheckpoint(
-                f"{index} points outside the checkpoint.", f"{key[:200]!r} is in {path!r:.200}"
+                f"{index} points outside the checkpoint.",
+                f"{key[:200]!r} is in {path!r:.200}",
+                fix="take the model from where it was published",
             )
     shards = sorted(set(weight_map.values()))
     missing = [path for path in shards if path not in files]
@@ -98,7 +108,7 @@ def parse_index(data: bytes, index: str, files: Mapping[str, FileInfo]) -> dict[
             f"{len(missing)} of the {len(shards)} files that {index} names "
             f"{'is' if len(missing) == 1 else 'are'} missing.",
             f"missing: {listed(missing)}",
-            fix="fetch or copy the checkpoint again, whole",
+            fix=WHOLE,
         )
     return weight_map
 

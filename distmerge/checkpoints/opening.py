@@ -13,6 +13,7 @@ from distmerge.checkpoints.adapter_config import AdapterConfig, read_adapter_con
 from distmerge.checkpoints.heads import owners_of, read_bytes, read_head, read_json
 from distmerge.checkpoints.layout import (
     LARGEST_INDEX,
+    WHOLE,
     Layout,
     choose_layout,
     listed,
@@ -212,7 +213,9 @@ def _read_index(store: Store, files: Mapping[str, FileInfo], index: str) -> dict
     size = files[index].size
     if size > LARGEST_INDEX:
         raise MalformedCheckpoint(
-            f"{index} is too large for an index.", f"{size:,} of at most {LARGEST_INDEX:,} bytes"
+            f"{index} is too large for an index.",
+            f"{size:,} of at most {LARGEST_INDEX:,} bytes",
+            fix=WHOLE,
         )
     return parse_index(read_bytes(store, files[index], 0, size), index, files)
 

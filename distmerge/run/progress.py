@@ -134,7 +134,7 @@ def summary(data: dict[str, Any]) -> list[str]:
     ]
     lost = data.get("lost_delta_share")
     if lost is not None:
-        lines.append(f"{lost:.1%} of the task vectors' entries were lost to rounding.")
+        lines.append(f"{lost:.1%} of what the merge changed was lost to rounding.")
     return lines
 
 

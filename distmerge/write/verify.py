@@ -100,7 +100,7 @@ class _Check:
 
     def read_manifest(self, url: str) -> Manifest | None:
         if MANIFEST_FILE not in self.files:
-            self.problems.append(f"There is no {MANIFEST_FILE} in {url}: not a finished merge.")
+            self.problems.append(f"There is no {MANIFEST_FILE} in {url}: no merge, or half of one.")
             return None
         data = self.read_small(MANIFEST_FILE)
         if data is None:

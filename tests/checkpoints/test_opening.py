@@ -498,6 +498,19 @@ def test_missing_files_by_url(s3):
         open_checkpoint("memory://absent")
 
 
+@pytest.mark.parametrize("kind", ["folder", "no archive", "nothing"])
+def test_an_archive_that_is_none(tmp_path, kind):
+    place = tmp_path / kind
+    if kind == "folder":
+        place.mkdir()
+    elif kind == "no archive":
+        place.write_bytes(b"x" * 100)
+    with pytest.raises(CheckpointError) as raised:
+        open_checkpoint(f"zip://x::{place}")
+    assert kind in raised.value.headline
+    assert raised.value.fix
+
+
 def test_an_unknown_scheme():
     with pytest.raises(CheckpointError, match="nosuchscheme"):
         open_checkpoint("nosuchscheme://x/y")

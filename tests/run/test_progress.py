@@ -134,7 +134,7 @@ def test_plain_lines_come_every_few_seconds_and_hold_no_control_characters():
         "Again, attempt 2: model.safetensors, since worker lost",
         "Note: licences differ",
         "30 tensors, 2 GB, in 1:05 min: out",
-        "12.3% of the task vectors' entries were lost to rounding.",
+        "12.3% of what the merge changed was lost to rounding.",
     ]
 
 
