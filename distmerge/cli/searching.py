@@ -60,15 +60,20 @@ def search(
     overwrite: options.Overwrite = False,
     quiet: options.Quiet = False,
     as_json: options.AsEvents = False,
+    event_log: options.EventLog = None,
     overrides: options.Overrides = None,
     strict: options.Strict = False,
     trace: options.Trace = False,
 ) -> None:
     """Search a sweep's space for the best merges."""
+    from distmerge.run.json_lines import logged
     from distmerge.sweeps.search import search as run
 
     silent = as_json or quiet
-    with watching(json=as_json, quiet=quiet) as listener:
+    with (
+        watching(json=as_json, quiet=quiet) as watcher,
+        logged(event_log, watcher) as listener,
+    ):
         run(
             space,
             out,

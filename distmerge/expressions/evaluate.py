@@ -37,6 +37,8 @@ SAMPLE_FROM = 1 << 20
 """Elements from which looking at a sample first saves more than it costs."""
 SAMPLED = 16
 """One in so many elements is looked at."""
+APART = 4
+"""They are taken from one in so many blocks, at least from so many: each call has its costs."""
 
 
 class _Gathering:
@@ -130,16 +132,19 @@ class Evaluation:
         return all(d.follows or not d.asking for d in self._dialogues.values())
 
     @property
-    def samples(self) -> bool:
-        """Is it worth while to look at a part of every block first?"""
-        if self._gatherings or len(self._dialogues) != 1 or self.grid.elements < SAMPLE_FROM:
-            return False
-        return all(d.step.sees(self.grid.shape) == "elements" for d in self._dialogues.values())
+    def sampled(self) -> range:
+        """The blocks of which a part is worth looking at first; none where that saves nothing."""
+        shape, count, asking = self.grid.shape, len(self.grid), list(self._dialogues.values())
+        pays = len(asking) == 1 and self.grid.elements >= SAMPLE_FROM and not self._gatherings
+        if not pays or asking[0].step.sees(shape) != "elements":
+            return range(0)
+        return range(0, count, max(1, min(APART, count // APART)))
 
     def sample(self, index: int, read: ReadBlock) -> None:
-        """Let the first questions look at a part of block `index`."""
+        """Let the first questions look at a part of block `index`, one of `sampled`."""
         start, stop = self.grid.span(index)
-        self._run(SAMPLE, (start, start + max(1, (stop - start) // SAMPLED)), read)
+        part = max(1, (stop - start) * self.sampled.step // SAMPLED)
+        self._run(SAMPLE, (start, start + part), read)
 
     def use_sample(self) -> None:
         """Begin with what the sample said."""
@@ -171,7 +176,7 @@ class Evaluation:
             return UNKNOWN
         make: Callable[[], Any]
         if isinstance(step, Compute):
-            make = partial(_compute, step, values)
+            make = partial(step.value, values)
         else:
             make = partial(self._call, place, step, index, span, found)
         if place == len(self.program.steps) - 1:
@@ -288,13 +293,3 @@ class Evaluation:
 def _version(tensor: Tensor) -> int:
     """Goes up when the tensor is written to, as inference tensors, without a count, can't be."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _compute(step: Compute, values: list[Any]) -> Any:
-    left = step.number if step.left is None else values[step.left]
-    right = step.number if step.right is None else values[step.right]
-    if step.operator == "+":
-        return left + right
-    if step.operator == "-":
-        return left - right
-    return left * right if step.operator == "*" else left / right

@@ -26,6 +26,16 @@ class Compute:
     right: int | None
     number: float = 0.0
 
+    def value(self, values: Sequence[Any]) -> Any:
+        """The result, from those of the steps before it."""
+        left = self.number if self.left is None else values[self.left]
+        right = self.number if self.right is None else values[self.right]
+        if self.operator == "+":
+            return left + right
+        if self.operator == "-":
+            return left - right
+        return left * right if self.operator == "*" else left / right
+
 
 @dataclass(frozen=True, slots=True)
 class Call:

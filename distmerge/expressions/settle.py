@@ -18,7 +18,7 @@ class InRounds(Protocol):
     @property
     def direct(self) -> bool: ...
     @property
-    def samples(self) -> bool: ...
+    def sampled(self) -> range: ...
     def sample(self, index: int, read: ReadBlock) -> None: ...
     def use_sample(self) -> None: ...
     def block(self, index: int, read: ReadBlock) -> Any: ...
@@ -36,8 +36,8 @@ def settle(
     """
     firsts: dict[int, Any] = {}
     still = [i for i, e in enumerate(evaluations) if not e.direct and len(e.grid)]
-    sampling = [i for i in still if evaluations[i].samples]
-    pieces = [(i, b) for i in sampling for b in range(len(evaluations[i].grid))]
+    sampling = [i for i in still if evaluations[i].sampled]
+    pieces = [(i, b) for i in sampling for b in evaluations[i].sampled]
     pool.map(lambda at: evaluations[at[0]].sample(at[1], reads[at[0]]), pieces)
     for i in sampling:
         evaluations[i].use_sample()

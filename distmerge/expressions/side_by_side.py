@@ -46,16 +46,16 @@ class SideBySide:
         return all(member.direct for member in self.members)
 
     @property
-    def samples(self) -> bool:
-        """Is it worth while to look at a part of every block first?"""
-        return any(member.samples for member in self.members)
+    def sampled(self) -> range:
+        """See `Evaluation.sampled`: the same for all that have some."""
+        return next((m.sampled for m in self.members if m.sampled), range(0))
 
     def sample(self, index: int, read: ReadBlock) -> None:
         """See `Evaluation.sample`."""
 
         def look(number: int) -> None:
             member = self.members[number]
-            if member.samples and not member.follows:
+            if member.sampled and not member.follows:
                 member.sample(index, read)
 
         self.each(look)

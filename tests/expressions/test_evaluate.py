@@ -726,10 +726,10 @@ def test_what_is_said_about_the_model_is_light():
 
 def test_a_sample_is_looked_at_only_where_it_pays():
     large = one_program(apply("ties", [random(3)], random(3), parameters={"weight": [1.0]}))
-    assert Evaluation(large, (1 << 20,)).samples
-    assert not Evaluation(large, (1 << 19,)).samples
+    assert Evaluation(large, (1 << 20,)).sampled
+    assert not Evaluation(large, (1 << 19,)).sampled
     plain = one_program(apply("linear", [random(3)], parameters={"weight": [1.0]}))
-    assert not Evaluation(plain, (1 << 20,)).samples
+    assert not Evaluation(plain, (1 << 20,)).sampled
 
 
 @pytest.mark.parametrize("order", ["random", "sorted"])

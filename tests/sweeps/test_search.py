@@ -130,7 +130,8 @@ def test_killed_in_the_middle_it_resumes_from_its_storage(recipe, tmp_path):
     path.write_text(yaml.safe_dump(recipe))
     storage = f"sqlite:///{tmp_path}/elsewhere.db"
     command = [sys.executable, "-m", "distmerge.cli", "search", path, out]
-    command += ["--trials", "5", "--storage", storage]
+    log = tmp_path / "events.jsonl"
+    command += ["--trials", "5", "--storage", storage, "--event-log", log]
     environment = kill_at_the_third_call(command, tmp_path)
     calls = tmp_path / "calls"
     before = lines(out)
@@ -148,6 +149,8 @@ def test_killed_in_the_middle_it_resumes_from_its_storage(recipe, tmp_path):
     trials = optuna.load_study(study_name=name, storage=storage).trials
     assert [t.state.name for t in trials].count("COMPLETE") == 5
     assert trials[3].params == stopped.params
+    told = [json.loads(line)["event"] for line in log.read_text().splitlines()]
+    assert told.count("score") == 5
 
 
 def test_a_score_that_the_study_was_not_told_is_not_made_again(recipe, tmp_path, ends):
