@@ -214,7 +214,7 @@ def judged_on(
     return distmerge.sweep(
         {**recipe(models), "grid": {"parameters.density": DENSITIES}},
         str(out),
-        evaluate={"function": f"{judging.__file__}:two", "at_once": 2},
+        evaluate={"function": f"{judging.__file__}:met", "at_once": 2},
         keep="best 2 by loss",
         engine="ray",
         address=cluster.address,
@@ -223,7 +223,16 @@ def judged_on(
     )
 
 
+@pytest.fixture
+def meeting(tmp_path, monkeypatch) -> None:
+    """Where the evaluator's processes wait for one another."""
+    place = tmp_path / "meeting"
+    place.mkdir()
+    monkeypatch.setenv("MEETING", str(place))
+
+
 @pytest.mark.full
+@pytest.mark.usefixtures("meeting")
 def test_workers_of_a_cluster_share_their_nodes_spool(s3, local, remote, tmp_path):
     cluster = RayNodes(2)
     try:
@@ -232,12 +241,13 @@ def test_workers_of_a_cluster_share_their_nodes_spool(s3, local, remote, tmp_pat
     finally:
         cluster.stop()
     check_read_once(s3, local, seen)
-    assert len({result.scores["process"] for result in results}) == 2
+    assert len({result.scores["process"] for result in results}) >= 2
     assert len([result for result in results if result.place]) == 2
     assert left_over(tmp_path / "there", tmp_path / "out") == []
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("meeting")
 def test_each_machine_of_a_cluster_has_a_spool_of_its_own(s3, local, remote, tmp_path):
     """The second node sees another disk where the scratch folder is."""
     there, disk = tmp_path / "there", tmp_path / "disk"
@@ -250,7 +260,7 @@ def test_each_machine_of_a_cluster_has_a_spool_of_its_own(s3, local, remote, tmp
             assert left_over(there, disk) == []
     finally:
         cluster.stop()
-    assert len({result.scores["process"] for result in results}) == 2
+    assert len({result.scores["process"] for result in results}) >= 2
     for name, folder in zip(MODELS, local, strict=True):
         body = Path(folder, "model.safetensors").read_bytes()
         times = times_sent(seen, f"/{s3.bucket}/spooled/{name}/model.safetensors", len(body))
