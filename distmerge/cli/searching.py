@@ -69,11 +69,8 @@ def search(
     from distmerge.run.json_lines import logged
     from distmerge.sweeps.search import search as run
 
-    silent = as_json or quiet
-    with (
-        watching(json=as_json, quiet=quiet) as watcher,
-        logged(event_log, watcher) as listener,
-    ):
+    told = (lambda results, by: None) if as_json or quiet else show_results
+    with watching(json=as_json, quiet=quiet) as watcher, logged(event_log, watcher) as listener:
         run(
             space,
             out,
@@ -83,7 +80,7 @@ def search(
             storage=storage,
             scratch=scratch,
             scratch_size=scratch_size,
-            told=(lambda results, by: None) if silent else show_results,
+            told=told,
             listener=listener,
             engine=engine.value,
             address=address,
