@@ -35,9 +35,7 @@ class PrunerName(StrEnum):
 @reported
 def search(
     space: Annotated[str, typer.Argument(metavar="SWEEP", help="A sweep with evaluate, or -.")],
-    out: Annotated[
-        str, typer.Argument(metavar="OUT", help="Results, study and what is kept go there.")
-    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="For results, study and what is kept.")],
     trials: Annotated[int, typer.Option(min=1, help="In all, earlier runs included.")] = 50,
     sampler: Annotated[SamplerName, typer.Option(help="What proposes.")] = SamplerName.tpe,
     pruner: Annotated[
