@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
 from run.family import names_below, weight_bytes
 from servers.ray_machine import machine_with_disk
@@ -211,6 +212,7 @@ def judged_on(
     cluster: RayNodes, s3: LoopbackS3, models: list[str], out: Path, there: Path
 ) -> list[Result]:
     """A sweep of four on a cluster, two candidates at a time, of which the best two are kept."""
+    ray.shutdown()  # one that other tests have joined would be used in its place
     return distmerge.sweep(
         {**recipe(models), "grid": {"parameters.density": DENSITIES}},
         str(out),
