@@ -14,12 +14,16 @@ GiB = 2**30
 _RAY: Any = ray  # these few functions of it have no types
 
 
-def join(address: str | None, workers: int) -> None:
-    """Join the cluster at an address, or start Ray here with room for so many workers.
+def join(address: str | None, workers: int) -> bool:
+    """Join the cluster at an address, or start Ray here with room for so many workers. False if
+    this process has joined one already: only who joined it is to leave it.
 
     Raises
-        RecipeError: there is none, or it doesn't let us in.
+        RecipeError: there is none, it doesn't let us in, or another one has been joined.
     """
+    if ray.is_initialized():
+        _check_joined(address)
+        return False
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
     if address is None:  # "local": Ray would otherwise join whatever cluster it finds here
         options |= {"num_cpus": workers, "include_dashboard": False}
@@ -31,6 +35,20 @@ def join(address: str | None, workers: int) -> None:
             str(error).splitlines()[0],
             fix="check --address, and RAY_AUTH_MODE and its token if the cluster asks for one",
         ) from error
+    return True
+
+
+def _check_joined(address: str | None) -> None:
+    """Refuse to merge on another cluster than the one at an address, as far as that tells: it may
+    be None, "auto" or a proxy's."""
+    if address is None or "://" in address or ":" not in address:
+        return
+    joined = str(_RAY.get_runtime_context().gcs_address)
+    if address.rpartition(":")[2] != joined.rpartition(":")[2]:  # hosts have several names
+        raise RecipeError(
+            f"This process has joined the Ray cluster at {joined}, not the one at {address}.",
+            fix="ray.shutdown() first, or leave the address out",
+        )
 
 
 def this_node() -> str:

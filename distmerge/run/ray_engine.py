@@ -47,9 +47,7 @@ class RayEngine:
         """as_needed: on a cluster that isn't started here, as many workers as there are units for,
         whoever finds room; those that don't wait for nodes that come."""
         self._listener = listener
-        self._started = not ray.is_initialized()
-        if self._started:
-            join(address, workers)
+        self._started = join(address, workers)
         here = self._started and address is None
         self._workers = None if as_needed and not here else workers
         self._roster = Roster(settings, kernel, listener)

@@ -25,9 +25,7 @@ def score_on_cluster(
     jobs: Iterable[Job], at_once: int, settings: MergeOptions, should_stop: ShouldStop = never
 ) -> Iterator[Scored]:
     """As they finish, so many at a time; a task whose process is lost is run again by Ray."""
-    started = not ray.is_initialized()
-    if started:
-        join(settings.address, settings.processes)
+    started = join(settings.address, settings.processes)
     asked: dict[str, Any] = {"num_cpus": 1, "memory": parse_size(settings.allowed_mem)}
     if settings.device.startswith("cuda"):
         asked["num_gpus"] = 1

@@ -26,9 +26,7 @@ LOOKS_EVERY = 1.0
 def elsewhere(wanted: Spool, settings: MergeOptions, listener: Listener) -> Iterator[None]:
     """Have the spool on all nodes, also on those that join, and Ray joined, while this lasts. A
     node where it can't be made reads from the store."""
-    started = not _RAY.is_initialized()
-    if started:
-        join(settings.address, settings.processes)
+    started = join(settings.address, settings.processes)
     known: set[str] = set()
 
     def make() -> None:

@@ -19,7 +19,7 @@ from run.family import MODELS, Family, names_below, same_tensors, save_model, te
 from run.merging import SMALL, differing, everything, least_memory, run, small_models
 
 import distmerge
-from distmerge.errors import MethodError, WorkerLost
+from distmerge.errors import MethodError, RecipeError, WorkerLost
 from distmerge.run.events import Event
 from distmerge.run.merge import plan
 from distmerge.run.ray_actors import QUEUED, Actor, Roster
@@ -231,6 +231,19 @@ def test_a_unit_that_kills_every_worker_ends_the_run_and_any_engine_goes_on(my, 
     assert started["resumed"] >= 1
     whole = distmerge.find_method(f"{my}:median3")([tensors_at(model) for model in models])
     assert same_tensors(tensors_at(out), dict(whole)) == []
+
+
+def test_another_cluster_than_the_one_that_was_joined_is_refused(models, tmp_path):
+    named = {"merge_method": "linear", "models": [{"model": m} for m in models]}
+    with pytest.raises(RecipeError, match=r"has joined the Ray cluster at .* not the one at"):
+        distmerge.merge(
+            named | {"parameters": {"weight": 1.0}},
+            str(tmp_path / "out"),
+            engine="ray",
+            address="127.0.0.1:1",
+        )
+    assert not [name for name in names_below(tmp_path) if name.endswith(".safetensors")]
+    assert ray.is_initialized()
 
 
 def test_what_a_method_raises_arrives_as_it_does_locally(my, models, tmp_path):
