@@ -102,7 +102,12 @@ HOMES = {
         "run/progress.py",
     },
     "typer": {"cli/"},
-    "numba": {"methods/kernels.py", "methods/random_kernels.py", "methods/raw_kernels.py"},
+    "numba": {
+        "methods/chunks.py",
+        "methods/kernels.py",
+        "methods/random_kernels.py",
+        "methods/raw_kernels.py",
+    },
     "optuna": {"sweeps/trials.py"},
     "cloudpickle": {"methods/user_code.py", "run/ray_", "sweeps/evaluation.py", "sweeps/ray_"},
 }
@@ -114,6 +119,7 @@ AT_THE_TOP = {
     *(("sweeps/ray_scoring.py", name) for name in ("ray", "cloudpickle")),
     ("sweeps/ray_spool.py", "ray"),
     ("sweeps/evaluation.py", "cloudpickle"),
+    ("methods/chunks.py", "numba"),
     ("methods/kernels.py", "numba"),
     ("methods/random_kernels.py", "numba"),
     ("methods/raw_kernels.py", "numba"),

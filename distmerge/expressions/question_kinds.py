@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from distmerge.methods.difference import Difference, Operand
 from distmerge.methods.reductions import Question
 
 
@@ -17,7 +18,7 @@ class Said(NamedTuple):
     """A question, taken apart."""
 
     kind: Hashable
-    tensors: list[Tensor]
+    tensors: list[Operand]
     whole: bool
     """Do kind and tensors tell it from every other question?"""
 
@@ -25,17 +26,17 @@ class Said(NamedTuple):
 def said_by(question: Question) -> Said:
     """Take a question apart."""
     plain: list[Hashable] = []
-    tensors: list[Tensor] = []
+    tensors: list[Operand] = []
     names = _field_names(type(question))
     others = _sort([getattr(question, name) for name in names], plain, tensors)
     return Said((type(question), tuple(plain)), tensors, bool(names) and not others)
 
 
-def _sort(values: Iterable[Any], plain: list[Hashable], tensors: list[Tensor]) -> int:
+def _sort(values: Iterable[Any], plain: list[Hashable], tensors: list[Operand]) -> int:
     """What is plain, with a mark for each tensor, and the tensors; how many are neither."""
     others = 0
     for value in values:
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor | Difference):
             tensors.append(value)
             plain.append(...)
         elif isinstance(value, tuple):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distmerge.methods.cutoff import NOTHING, Cut, Cutoff, keep_above, plain_threshold
+from distmerge.methods.difference import Operand
 from distmerge.methods.fusion import flat, fused_for
 from distmerge.methods.random import Draw
 from distmerge.methods.ranks import Counts
@@ -40,7 +41,7 @@ States = tuple[Any, Any]
 class Band:
     """A question; see `band`."""
 
-    x: Tensor
+    x: Operand
     keep: float
     skip: float
     over: Scope = "tensor"
@@ -83,10 +84,10 @@ class Band:
         return None if states == (None, None) else states  # type: ignore[return-value]
 
     def bare(self) -> Band:
-        return replace(self, x=self.x.new_empty(0))
+        return replace(self, x=torch.empty(0, dtype=self.x.dtype))
 
 
-def band(x: Tensor, *, keep: float, skip: float, over: Scope = "tensor") -> Band:
+def band(x: Operand, *, keep: float, skip: float, over: Scope = "tensor") -> Band:
     """The magnitudes between which int(keep * n) of n elements lie when int(skip * n) of the
     largest, or as many as there are besides, are left out."""
     return Band(x, keep, skip, over)

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from distmerge.methods.bands import BandCut, edges, trim
 from distmerge.methods.cutoff import EVERYTHING, Cut
+from distmerge.methods.difference import Operand, computed
 from distmerge.methods.fusion import flat, fused_for
-from distmerge.methods.operands import stacked, widened
+from distmerge.methods.operands import elements, rows
 
 SignWeighting = Literal["weighted", "paper"]
 """Whose sum elects a sign: the weighted task vectors', or the task vectors' as they are. What
@@ -37,21 +38,20 @@ class Consensus:
     least: float = -math.inf
     """The sum of elected weights counts as no less when it divides."""
 
-    def merge(self, base: Tensor, kept: Sequence[Tensor]) -> Tensor:
-        """base + scale * combination of the task vectors `kept`."""
-        fused = fused_for(*kept)
-        if fused is None or self.elect is None:
-            return base + self._combined(kept) * self.scale
-        return self._fused(fused, base, kept, [EVERYTHING] * len(kept))
-
-    def trim_and_merge(
-        self, base: Tensor, deltas: Sequence[Tensor], cuts: Sequence[Cut | BandCut]
+    def merge(
+        self,
+        base: Tensor,
+        deltas: Sequence[Operand],
+        cuts: Sequence[Cut | BandCut] | None = None,
     ) -> Tensor:
-        """base + scale * combination of the task vectors, trimmed."""
+        """base + scale * combination of the task vectors, trimmed if there are `cuts`."""
         fused = fused_for(*deltas)
-        if fused is None or self.elect is None:
-            return self.merge(base, [trim(d, cut) for d, cut in zip(deltas, cuts, strict=True)])
-        return self._fused(fused, base, deltas, cuts)
+        if fused is not None:
+            return self._fused(fused, base, deltas, cuts or [EVERYTHING] * len(deltas))
+        kept = [computed(delta) for delta in deltas]
+        if cuts is not None:
+            kept = [trim(delta, cut) for delta, cut in zip(kept, cuts, strict=True)]
+        return base + self._combined(kept) * self.scale
 
     @property
     def _votes(self) -> Sequence[float]:
@@ -64,25 +64,33 @@ class Consensus:
         self,
         fused: ModuleType,
         base: Tensor,
-        deltas: Sequence[Tensor],
+        deltas: Sequence[Operand],
         cuts: Sequence[Cut | BandCut],
     ) -> Tensor:
         trims = [edges(cut) for cut in cuts]
         out = torch.empty(base.shape)
-        fused.elect_and_merge(
-            flat(widened(base)),
-            stacked(deltas).numpy(),
+        fused.trim_and_merge(
+            elements(base),
+            rows(deltas),
             np.array([trim.bounds for trim in trims], np.float32),
             np.array([trim.stream for trim in trims], np.uint64),
             np.array([trim.first for trim in trims], np.int64),
             np.array(self.weights, np.float32),
             np.array(self._votes, np.float32),
+            self.elect is not None,
             self.normalize,
             np.float32(self.least),
+            np.float32(self._divisor),
             np.float32(self.scale),
             flat(out),
         )
         return out
+
+    @property
+    def _divisor(self) -> float:
+        """Of the sum where no sign is elected."""
+        share = sum(self.weights)
+        return share if self.normalize and abs(share) >= 1e-8 else 1.0
 
     def _combined(self, deltas: Sequence[Tensor]) -> Tensor:
         pairs = zip(deltas, self.weights, strict=True)
@@ -93,8 +101,7 @@ class Consensus:
         result = scaled[0].clone() if scaled[0] is deltas[0] else scaled[0]
         for part in scaled[1:]:
             result += part
-        share = sum(self.weights)
-        return result / share if self.normalize and abs(share) >= 1e-8 else result
+        return result / self._divisor
 
     def _agreed(self, scaled: Sequence[Tensor], votes: Sequence[Tensor]) -> Tensor:
         # Signs and masks are 0/1 floats: torch is several times slower on bool tensors.

@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distmerge.methods.fusion import flat, fused_for
+from distmerge.methods.difference import Operand, computed
+from distmerge.methods.fusion import fused_for
+from distmerge.methods.operands import elements
 from distmerge.methods.random import Draw
 from distmerge.methods.ranks import Counts, bucket_of, kept_count
 from distmerge.methods.reductions import Again, Scope
@@ -102,7 +104,7 @@ class Cutoff:
     """A question; see `cutoff`. Over the whole model magnitudes are compared as float32: its
     tensors share one histogram, and some may be float64."""
 
-    x: Tensor
+    x: Operand
     keep: float
     over: Scope = "tensor"
     rule: Rule = "largest"
@@ -144,11 +146,12 @@ class Cutoff:
         """Counts of `width` bits from `shift` on, where the bits from `prefix_shift` on equal
         `prefix`; infinities and NaN are left out."""
         counts = np.zeros(1 << width, np.int64)
-        x = self.x.to(self.dtype)
+        x = self.x if self.x.dtype == self.dtype else computed(self.x).to(self.dtype)
         fused = fused_for(x)
         if fused is not None:
-            fused.histogram(flat(x).view(np.int32), shift, prefix_shift, prefix, counts)
+            fused.histogram(elements(x), shift, prefix_shift, prefix, counts)
         else:
+            x = computed(x)
             bits = x.abs().reshape(-1).view(_INTEGER[self.dtype])
             bits = bits[(bits < _INFINITE[self.dtype]) & ((bits >> prefix_shift) == prefix)]
             found = torch.bincount((bits >> shift) & ((1 << width) - 1), minlength=1 << width)
@@ -159,7 +162,10 @@ class Cutoff:
 
     def _uncounted(self) -> int:
         """Zeros, where they don't count."""
-        return self.x.numel() - int(torch.count_nonzero(self.x)) if self.rule == "nonzero" else 0
+        if self.rule != "nonzero":
+            return 0
+        x = computed(self.x)
+        return x.numel() - int(torch.count_nonzero(x))
 
     def _inside(self, state: _Bracket) -> _Inside:
         low, high = state.low, state.high
@@ -167,14 +173,13 @@ class Cutoff:
         found = []
         fused = fused_for(self.x)
         if fused is not None:
-            bits = flat(self.x).view(np.int32)
             if counts is None:
-                above, finite, inside = fused.inside(bits, low, high)
+                above, finite, inside = fused.inside(elements(self.x), low, high)
                 found = [inside]
             else:
-                above, finite = fused.bracket(bits, low, high, counts)
+                above, finite = fused.bracket(elements(self.x), low, high, counts)
         else:
-            known = self.x.abs().reshape(-1).view(_INTEGER[self.dtype])
+            known = computed(self.x).abs().reshape(-1).view(_INTEGER[self.dtype])
             known = known[known < _INFINITE[self.dtype]]
             above, finite = int((known > high).sum()), known.numel()
             within = known[(known >= low) & (known <= high)]
@@ -251,10 +256,10 @@ class Cutoff:
         return _Bracket(max(low << shift, least), ((high + 1) << shift) - 1, listed)
 
     def bare(self) -> Cutoff:
-        return replace(self, x=self.x.new_empty(0))
+        return replace(self, x=torch.empty(0, dtype=self.x.dtype))
 
 
-def cutoff(x: Tensor, *, keep: float, over: Scope = "tensor", nonzero: bool = False) -> Cutoff:
+def cutoff(x: Operand, *, keep: float, over: Scope = "tensor", nonzero: bool = False) -> Cutoff:
     """The magnitude that the largest `keep` share of the elements reaches, exactly.
 
     Among equals at the cut, `keep_above` lets the positional random pick as many as the share

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distmerge.methods.difference import Difference, Operand
+
 SWITCH = "DISTMERGE_KERNELS"
 """Environment variable; `torch` turns the fused loops off."""
 
@@ -27,11 +29,15 @@ def fused_loops() -> ModuleType | None:
     return kernels
 
 
-def fused_for(*tensors: Tensor) -> ModuleType | None:
-    """The fused loops, if they can work on these tensors: float32 in main memory."""
-    if all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors):
-        return fused_loops()
-    return None
+def fused_for(*operands: Operand) -> ModuleType | None:
+    """The fused loops, if they can work on these: float32 in main memory, or made of bfloat16."""
+    return fused_loops() if all(map(_fits, operands)) else None
+
+
+def _fits(x: Operand) -> bool:
+    if isinstance(x, Difference):
+        return True
+    return x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def flat(tensor: Tensor) -> np.ndarray[Any, Any]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from distmerge.methods.random_kernels import CHUNK
+from distmerge.methods.chunks import CHUNK, chunk, length, row_chunk, wide
 from distmerge.methods.random_kernels import keep_at_random as keep_at_random
 from distmerge.methods.random_kernels import keep_between as keep_between
 from distmerge.methods.random_kernels import keep_by_rank as keep_by_rank
@@ -35,20 +35,17 @@ _loop = njit(nogil=True, cache=True)
 
 
 @_loop
-def wide(bits: Any) -> Any:
-    """The float32 of the same value as bfloat16 bits."""
-    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
-
-
-@_loop
-def histogram(bits: Array, shift: int, prefix_shift: int, prefix: int, counts: Array) -> None:
+def histogram(x: Any, shift: int, prefix_shift: int, prefix: int, counts: Array) -> None:
     """Count the magnitudes' bits from `shift` on, of those whose bits from `prefix_shift` on equal
-    `prefix`. Infinities and NaN are left out. `bits` is the int32 view of float32."""
+    `prefix`. Infinities and NaN are left out."""
     mask = np.int32(counts.size - 1)
-    for i in range(bits.size):
-        b = bits[i] & _MAGNITUDE
-        if b < _INFINITY and (b >> prefix_shift) == prefix:
-            counts[(b >> shift) & mask] += 1
+    scratch = np.empty(CHUNK, np.float32)
+    for start in range(0, length(x), CHUNK):
+        bits = chunk(x, start, scratch).view(np.int32)
+        for i in range(bits.size):
+            b = bits[i] & _MAGNITUDE
+            if b < _INFINITY and (b >> prefix_shift) == prefix:
+                counts[(b >> shift) & mask] += 1
 
 
 @_loop
@@ -65,14 +62,15 @@ def _mark(part: Array, lo: Any, hi: Any, marks: Array) -> tuple[Any, Any]:
 
 
 @_loop
-def bracket(bits: Array, low: int, high: int, counts: Array) -> tuple[int, int]:
+def bracket(x: Any, low: int, high: int, counts: Array) -> tuple[int, int]:
     """Count each magnitude in `low..high` by its bits; how many lie above, how many are finite."""
     above, infinite = np.int64(0), np.int64(0)
     lo, hi = np.int32(low), np.int32(high)
+    scratch = np.empty(CHUNK, np.float32)
     marks = np.empty(CHUNK, np.uint8)
     words = marks.view(np.uint64)  # eight marks at a time: most have none
-    for start in range(0, bits.size, CHUNK):
-        part = bits[start : start + CHUNK]
+    for start in range(0, length(x), CHUNK):
+        part = chunk(x, start, scratch).view(np.int32)
         over, beyond = _mark(part, lo, hi, marks)
         above += np.int64(over) - np.int64(beyond)
         infinite += np.int64(beyond)
@@ -81,20 +79,21 @@ def bracket(bits: Array, low: int, high: int, counts: Array) -> tuple[int, int]:
                 for i in range(8 * w, 8 * w + 8):
                     if marks[i]:
                         counts[(part[i] & _MAGNITUDE) - lo] += 1
-    return int(above), int(bits.size - infinite)
+    return int(above), int(length(x) - infinite)
 
 
 @_loop
-def inside(bits: Array, low: int, high: int) -> tuple[int, int, Array]:
+def inside(x: Any, low: int, high: int) -> tuple[int, int, Array]:
     """As `bracket`, but the magnitudes in `low..high` are listed instead of counted."""
     found = np.empty(CHUNK, np.int32)
     n = 0
     above, infinite = np.int64(0), np.int64(0)
     lo, hi = np.int32(low), np.int32(high)
+    scratch = np.empty(CHUNK, np.float32)
     marks = np.empty(CHUNK, np.uint8)
     words = marks.view(np.uint64)
-    for start in range(0, bits.size, CHUNK):
-        part = bits[start : start + CHUNK]
+    for start in range(0, length(x), CHUNK):
+        part = chunk(x, start, scratch).view(np.int32)
         over, beyond = _mark(part, lo, hi, marks)
         above += np.int64(over) - np.int64(beyond)
         infinite += np.int64(beyond)
@@ -108,49 +107,59 @@ def inside(bits: Array, low: int, high: int) -> tuple[int, int, Array]:
                     if marks[i]:
                         found[n] = part[i] & _MAGNITUDE
                         n += 1
-    return int(above), int(bits.size - infinite), found[:n].copy()
+    return int(above), int(length(x) - infinite), found[:n].copy()
 
 
 @_loop
-def elect_and_merge(
+def trim_and_merge(
     base: Array,
-    deltas: Array,
+    deltas: Any,
     bounds: Array,
     streams: Array,
     firsts: Array,
     weights: Array,
     votes: Array,
+    elects: bool,
     normalize: bool,
     least: Any,
+    divisor: Any,
     scale: Any,
     out: Array,
 ) -> None:
-    """Trim, elect signs, weigh, merge what agrees, scale, add to the base.
+    """Trim, weigh, add up, scale, add to the base.
 
-    deltas: models x elements, float32.
+    base, deltas: see `distmerge.methods.chunks`; a row of deltas for each model.
+    elects: elect a sign, and add up only what agrees with it.
     bounds, streams, firsts: for each model what `keep_between` takes.
     votes: what each model's entries are multiplied with when signs are elected and compared.
-    least: the sum of the weights that agreed counts as no less when it divides.
+    normalize, least: divide by the sum of the weights that agreed, at least by `least`.
+    divisor: of the sum where no sign is elected.
     """
-    models, n = deltas.shape
+    models, n = weights.size, length(deltas)
     kept = np.empty((models, CHUNK), np.float32)
-    elected = np.empty(CHUNK, np.float32)
-    merged = np.empty(CHUNK, np.float32)
-    share = np.empty(CHUNK, np.float32)
+    scratches = np.empty((5, CHUNK), np.float32)
     for start in range(0, n, CHUNK):
-        before, after = base[start : start + CHUNK], out[start : start + CHUNK]
+        before, after = chunk(base, start, scratches[0]), out[start : start + CHUNK]
         width = before.size
-        elected[:], merged[:], share[:] = np.float32(0.0), np.float32(0.0), np.float32(0.0)
         for m in range(models):
-            part = kept[m, :width]
-            delta = deltas[m, start : start + CHUNK]
-            keep_between(delta, bounds[m], streams[m], firsts[m] + start, part)
-            _vote(part, votes[m], elected)
-        _to_signs(elected)
-        for m in range(models):
-            _add_agreed(kept[m, :width], weights[m], votes[m], elected, merged, share)
-        if normalize:
-            _divide(merged, share, least)
+            delta = row_chunk(deltas, m, start, scratches[1])
+            keep_between(delta, bounds[m], streams[m], firsts[m] + start, kept[m, :width])
+        merged, share = scratches[2, :width], scratches[3, :width]
+        if elects:
+            elected = scratches[4, :width]
+            elected[:], merged[:], share[:] = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+            for m in range(models):
+                _vote(kept[m, :width], votes[m], elected)
+            _to_signs(elected)
+            for m in range(models):
+                _add_agreed(kept[m, :width], weights[m], votes[m], elected, merged, share)
+            if normalize:
+                _divide(merged, share, least)
+        else:
+            _weigh(kept[0, :width], weights[0], merged)
+            for m in range(1, models):
+                _vote(kept[m, :width], weights[m], merged)
+            _divide_by(divisor, merged)
         for j in range(width):
             after[j] = before[j] + merged[j] * scale
 
@@ -186,6 +195,18 @@ def _divide(merged: Array, share: Array, least: Any) -> None:
     for j in range(merged.size):
         divisor = least if share[j] < least else share[j]
         merged[j] /= divisor if divisor != np.float32(0.0) else np.float32(1.0)
+
+
+@_loop
+def _weigh(kept: Array, weight: Any, merged: Array) -> None:
+    for j in range(kept.size):
+        merged[j] = kept[j] * weight
+
+
+@_loop
+def _divide_by(divisor: Any, merged: Array) -> None:
+    for j in range(merged.size):
+        merged[j] /= divisor
 
 
 @_loop

@@ -12,7 +12,7 @@ from torch import Tensor
 from distmerge.errors import ParameterError
 from distmerge.methods.fusion import flat
 from distmerge.methods.method import PerModel
-from distmerge.methods.operands import bits, raw_loops, widened
+from distmerge.methods.operands import addresses, bits, raw_loops, widened
 from distmerge.methods.parameters import in_float32
 from distmerge.methods.signature import describe
 
@@ -26,9 +26,8 @@ def weighted_sum(xs: Sequence[Tensor], weights: Sequence[Weight]) -> Tensor:
     loops = raw_loops(*xs)
     if loops is not None and all(isinstance(w, float | int) for w in weights):
         out = torch.empty(xs[0].shape)
-        loops.scaled(bits(xs[0]), np.float32(weights[0]), flat(out))
-        for x, weight in zip(xs[1:], weights[1:], strict=True):
-            loops.add_scaled(bits(x), np.float32(weight), flat(out))
+        held = [bits(x) for x in xs]
+        loops.weighted_sum(addresses(held), np.array(weights, np.float32), held[0], flat(out))
         return out
     wide = [widened(x) for x in xs]
     factors = [

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distmerge.methods.difference import Difference, Operand, computed
 from distmerge.methods.fusion import flat, fused_loops
 from distmerge.methods.sharing import once
 
@@ -64,6 +65,36 @@ def _differences(models: Sequence[Tensor], base: Tensor) -> list[Tensor]:
         for row, model in zip(out, models, strict=True):
             loops.difference(bits(model), before, flat(row))
     return list(out)
+
+
+def task_vectors(models: Sequence[Tensor], base: Tensor) -> Sequence[Operand]:
+    """`differences`, left to the loops that use them where these can read the operands."""
+    if raw_loops(base, *models) is None:
+        return differences(models, base)
+    return [Difference(model, base) for model in models]
+
+
+def elements(x: Operand) -> Any:
+    """What a loop takes as an operand: see `distmerge.methods.chunks`."""
+    if isinstance(x, Difference):
+        return bits(x.model), bits(x.base)
+    return bits(x) if x.dtype == torch.bfloat16 else flat(x)
+
+
+def rows(xs: Sequence[Operand]) -> Any:
+    """What a loop takes as rows. Who calls it keeps `xs` until it has returned."""
+    first = xs[0]
+    if isinstance(first, Difference) and all(
+        isinstance(x, Difference) and x.base is first.base for x in xs
+    ):
+        held = [bits(x.model) for x in xs if isinstance(x, Difference)]
+        return addresses(held), bits(first.base)
+    return stacked([computed(x) for x in xs]).numpy()
+
+
+def addresses(held: Sequence[Bits]) -> Bits:
+    """Where arrays begin in memory."""
+    return np.array([one.ctypes.data for one in held], np.uint64)
 
 
 def stacked(parts: Sequence[Tensor]) -> Tensor:

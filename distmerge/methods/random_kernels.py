@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from distmerge.methods.chunks import CHUNK
+
 Array = np.ndarray[Any, Any]
 
-CHUNK = 1024
-"""Elements whose intermediate results fit into the first-level cache together."""
 CELLS = 1024
 """Cells that a row's magnitudes are counted in."""
 CELL_SHIFT = 16

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from distmerge.methods.chunks import CHUNK, array_at, difference, wide
 from distmerge.methods.kernels import LANES, in_order
-from distmerge.methods.kernels import wide as _wide
+
+__all__ = ["difference", "dot", "weighted_sum"]
 
 Array = np.ndarray[Any, Any]
 
@@ -23,24 +25,29 @@ _loop = njit(nogil=True, cache=True)
 
 
 @_loop
-def difference(bits: Array, base: Array, out: Array) -> None:
-    """`bits` minus `base`, in float32."""
-    for i in range(out.size):
-        out[i] = _wide(bits[i]) - _wide(base[i])
+def weighted_sum(addresses: Array, weights: Array, like: Array, out: Array) -> None:
+    """The sum of the arrays that lie at these addresses, times their weights, from the first to
+    the last; every product is rounded before it is added."""
+    for start in range(0, out.size, CHUNK):
+        part = out[start : start + CHUNK]
+        for m in range(weights.size):
+            bits = array_at(addresses[m], out.size, like)[start : start + part.size]
+            if m == 0:
+                _scale(bits, weights[m], part)
+            else:
+                _add_scaled(bits, weights[m], part)
 
 
 @_loop
-def scaled(bits: Array, factor: Any, out: Array) -> None:
-    """`bits` times a float32."""
+def _scale(bits: Array, factor: Any, out: Array) -> None:
     for i in range(out.size):
-        out[i] = _wide(bits[i]) * factor
+        out[i] = wide(bits[i]) * factor
 
 
 @_loop
-def add_scaled(bits: Array, factor: Any, out: Array) -> None:
-    """Add `bits` times a float32; the product is rounded before it is added."""
+def _add_scaled(bits: Array, factor: Any, out: Array) -> None:
     for i in range(out.size):
-        out[i] += _wide(bits[i]) * factor
+        out[i] += wide(bits[i]) * factor
 
 
 @_loop
@@ -50,5 +57,5 @@ def dot(x: Array, y: Array) -> float:
     for start in range(0, x.size, LANES):
         left, right = x[start : start + LANES], y[start : start + LANES]
         for j in range(left.size):
-            lanes[j] += np.float64(_wide(left[j])) * np.float64(_wide(right[j]))
+            lanes[j] += np.float64(wide(left[j])) * np.float64(wide(right[j]))
     return in_order(lanes)

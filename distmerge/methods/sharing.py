@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from torch import Tensor
+from distmerge.methods.difference import Difference, Operand
 
 T = TypeVar("T")
 
@@ -37,13 +37,13 @@ def is_shared() -> bool:
 
 
 def once(
-    what: Hashable, operands: Sequence[Tensor], make: Callable[[], T], *, unless: Any = None
+    what: Hashable, operands: Sequence[Operand], make: Callable[[], T], *, unless: Any = None
 ) -> T:
     """What `make` returns; in a shared block what it returned for the same `what` and operands.
 
     unless: a result that is not kept.
     """
-    made: dict[Hashable, tuple[Any, Sequence[Tensor]]] | None = getattr(_now, "made", None)
+    made: dict[Hashable, tuple[Any, Sequence[Operand]]] | None = getattr(_now, "made", None)
     if made is None:
         return make()
     place = (what, *map(_place, operands))
@@ -56,7 +56,9 @@ def once(
     return result
 
 
-def _place(x: Tensor) -> Hashable:
+def _place(x: Operand) -> Hashable:
+    if isinstance(x, Difference):
+        return _place(x.model), _place(x.base)
     return x.data_ptr(), x.dtype, x.shape, x.stride()
 
 

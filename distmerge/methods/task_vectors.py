@@ -20,9 +20,10 @@ from torch import Tensor
 from distmerge.methods.bands import band, trim
 from distmerge.methods.consensus import Consensus, SignWeighting
 from distmerge.methods.cutoff import cutoff
+from distmerge.methods.difference import Operand, computed
 from distmerge.methods.linear import Answers
 from distmerge.methods.method import MergeMethod, PerModel
-from distmerge.methods.operands import differences
+from distmerge.methods.operands import differences, task_vectors
 from distmerge.methods.random import Draw
 from distmerge.methods.reductions import Question, Scope
 from distmerge.methods.signature import describe
@@ -45,24 +46,25 @@ def _task_arithmetic(
     Ilharco et al., "Editing models with task arithmetic", 2023, arXiv:2212.04089.
     """
     consensus = Consensus(weight, normalize=normalize, scale=lambda_)
-    return consensus.merge(base, differences(models, base))
+    return consensus.merge(base, task_vectors(models, base))
 
 
 def _trimmed(
     models: list[Tensor],
     base: Tensor,
     consensus: Consensus,
-    ask: Callable[[Tensor, int], Question],
+    ask: Callable[[Operand, int], Question],
     rescale: Rescale,
     density: Sequence[float],
 ) -> Answers:
     """Merge what is left of task vectors trimmed by their magnitudes: `ask` for the cut of each."""
-    deltas = differences(models, base)
+    deltas = task_vectors(models, base) if not rescale else differences(models, base)
     cuts = yield [ask(delta, model) for model, delta in enumerate(deltas)]
     if not rescale:
-        return consensus.trim_and_merge(base, deltas, cuts)
-    kept = [trim(delta, cut) for delta, cut in zip(deltas, cuts, strict=True)]
-    return consensus.merge(base, (yield from rescaled(deltas, kept, rescale, density)))
+        return consensus.merge(base, deltas, cuts)
+    whole = [computed(delta) for delta in deltas]
+    kept = [trim(delta, cut) for delta, cut in zip(whole, cuts, strict=True)]
+    return consensus.merge(base, (yield from rescaled(whole, kept, rescale, density)))
 
 
 def _ties(
@@ -87,7 +89,7 @@ def _ties(
     """
     consensus = Consensus(weight, sign_weighting, normalize, lambda_)
 
-    def ask(delta: Tensor, model: int) -> Question:
+    def ask(delta: Operand, model: int) -> Question:
         return cutoff(delta, keep=density[model], over=over)
 
     return (yield from _trimmed(models, base, consensus, ask, rescale, density))
@@ -102,7 +104,7 @@ def _banded(
     rescale: Rescale,
     over: Scope,
 ) -> Answers:
-    def ask(delta: Tensor, model: int) -> Question:
+    def ask(delta: Operand, model: int) -> Question:
         return band(delta, keep=density[model], skip=gamma[model], over=over)
 
     return (yield from _trimmed(models, base, consensus, ask, rescale, density))

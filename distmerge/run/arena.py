@@ -30,9 +30,12 @@ class Arena:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        memory = mmap.mmap(-1, capacity)
         if hasattr(mmap, "MADV_HUGEPAGE"):
+            # Private: what is shared with other processes seldom gets large pages.
+            memory = mmap.mmap(-1, capacity, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             memory.madvise(mmap.MADV_HUGEPAGE)
+        else:
+            memory = mmap.mmap(-1, capacity)
         self._view = memoryview(memory)
         self._leases: deque[Lease] = deque()
         self._changed = threading.Condition()

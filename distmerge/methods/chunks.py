@@ -1,0 +1,128 @@
+"""What the fused loops read, a chunk of elements at a time.
+
+A loop that is given float32 reads it where it lies. Of bfloat16 it gets each chunk widened, and of
+task vectors each chunk subtracted, into a scratch that stays in the first-level cache: whole blocks
+of float32 would be written to memory and read back by every loop, and memory is what two threads
+wait for. numba compiles a loop anew for each kind of operand, so one source serves all.
+
+    float32 array           as it lies
+    uint16 array            bfloat16
+    (uint16, uint16)        the difference of two bfloat16 arrays
+    (addresses, uint16)     rows: bfloat16 arrays at these addresses, each minus the second
+    float32 array, 2-D      rows as they lie
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.extending import intrinsic, overload
+from numba.np.numpy_support import carray
+
+Array = np.ndarray[Any, Any]
+
+CHUNK = 1024
+"""Elements whose intermediate results fit into the first-level cache together."""
+
+_loop = njit(nogil=True, cache=True)
+
+
+@_loop
+def wide(bits: Any) -> Any:
+    """The float32 of the same value as bfloat16 bits."""
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@_loop
+def widen(bits: Array, out: Array) -> None:
+    """bfloat16 in float32."""
+    for i in range(out.size):
+        out[i] = wide(bits[i])
+
+
+@_loop
+def difference(bits: Array, base: Array, out: Array) -> None:
+    """`bits` minus `base`, in float32."""
+    for i in range(out.size):
+        out[i] = wide(bits[i]) - wide(base[i])
+
+
+def _as_pointer(typing: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        return builder.inttoptr(given[0], context.get_value_type(signature.return_type))
+
+    return types.voidptr(types.uint64), generate
+
+
+_pointer: Any = intrinsic(_as_pointer)
+"""An address as a pointer."""
+
+
+@_loop
+def array_at(address: Any, size: int, like: Array) -> Array:
+    """So many elements that begin there, of the dtype of `like`; its owner must keep them."""
+    return carray(_pointer(address), size, like.dtype)
+
+
+def length(x: Any) -> int:
+    """Elements of an operand, or of each of its rows."""
+    raise NotImplementedError  # numba compiles `_length` in its place
+
+
+@overload(length)
+def _length(x: Any) -> Any:
+    if isinstance(x, types.BaseTuple):
+
+        def second(x: Any) -> Any:
+            return x[1].size
+
+        return second
+
+    def last(x: Any) -> Any:
+        return x.shape[x.ndim - 1]
+
+    return last
+
+
+def chunk(x: Any, start: int, scratch: Array) -> Array:
+    """An operand's elements from `start` on in float32, as many as `scratch` has if there are."""
+    raise NotImplementedError  # numba compiles `_chunk` in its place
+
+
+@overload(chunk)
+def _chunk(x: Any, start: Any, scratch: Any) -> Any:
+    def subtracted(x: Any, start: Any, scratch: Any) -> Any:
+        out = scratch[: min(scratch.size, x[1].size - start)]
+        difference(x[0][start : start + out.size], x[1][start : start + out.size], out)
+        return out
+
+    def widened(x: Any, start: Any, scratch: Any) -> Any:
+        out = scratch[: min(scratch.size, x.size - start)]
+        widen(x[start : start + out.size], out)
+        return out
+
+    def as_it_lies(x: Any, start: Any, scratch: Any) -> Any:
+        return x[start : start + scratch.size]
+
+    if isinstance(x, types.BaseTuple):
+        return subtracted
+    return widened if x.dtype == types.uint16 else as_it_lies
+
+
+def row_chunk(rows: Any, row: int, start: int, scratch: Array) -> Array:
+    """The same of one of several rows."""
+    raise NotImplementedError  # numba compiles `_row_chunk` in its place
+
+
+@overload(row_chunk)
+def _row_chunk(rows: Any, row: Any, start: Any, scratch: Any) -> Any:
+    def elsewhere(rows: Any, row: Any, start: Any, scratch: Any) -> Any:
+        model = array_at(rows[0][row], rows[1].size, rows[1])
+        return chunk((model, rows[1]), start, scratch)
+
+    def as_they_lie(rows: Any, row: Any, start: Any, scratch: Any) -> Any:
+        return rows[row, start : start + scratch.size]
+
+    return elsewhere if isinstance(rows, types.BaseTuple) else as_they_lie
