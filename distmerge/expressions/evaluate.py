@@ -21,7 +21,7 @@ from torch import Tensor
 from distmerge.errors import DistmergeError, MethodError
 from distmerge.expressions.dialogue import SAMPLE, UNKNOWN, Answered, Dialogue, Place
 from distmerge.expressions.program import Call, Compute, Program, Read, operands, raw_reads
-from distmerge.methods.blocks import Grid
+from distmerge.methods.blocks import BLOCK_ELEMENTS, Grid
 from distmerge.methods.operands import reads_raw
 from distmerge.methods.random import Draw
 from distmerge.methods.reductions import Question
@@ -65,15 +65,18 @@ class Evaluation:
         program: Program,
         shape: tuple[int, ...],
         *,
+        block: int = BLOCK_ELEMENTS,
         compute_dtype: torch.dtype = torch.float32,
         seed: int = 0,
         device: str = "cpu",
         model_answers: Mapping[Place, Any] | None = None,
     ) -> None:
-        """`model_answers` holds `Answered` answers, or states, to questions about the whole
+        """block: elements of a full block; wider ones than others have for seamless programs only.
+
+        `model_answers` holds `Answered` answers, or states, to questions about the whole
         model; what this key has to say to those still open is found in `model_partials`."""
         self.program = program
-        self.grid = Grid(shape)
+        self.grid = Grid(shape, block)
         self.compute_dtype = compute_dtype
         self.seed = seed
         self.device = torch.device(device)

@@ -88,6 +88,14 @@ class Program:
         if not self.leaves:
             object.__setattr__(self, "leaves", leaves_of(self.steps))
 
+    @property
+    def seamless(self) -> bool:
+        """Does it give the same bits however wide the blocks are that it is given?"""
+        return all(
+            s.method.is_seamless(s.parameters) if isinstance(s, Call) else not isinstance(s, Scales)
+            for s in self.steps
+        )
+
 
 def leaves_of(steps: Sequence[Step]) -> tuple[int, ...]:
     """The leaves that steps read, in order."""

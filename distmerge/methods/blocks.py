@@ -16,6 +16,9 @@ from typing import Literal
 BLOCK_ELEMENTS = 1 << 18
 """Elements of a full block: 1 MiB in float32, so that a handful of operands stays in a core's
 L2 cache while a method's operations pass over them one by one."""
+WIDE_BLOCK = 4 * BLOCK_ELEMENTS
+"""Elements of a block of methods that are seamless, which give the same bits however wide a block
+is. Their loops keep to the cache by themselves, and each call from Python costs 0.5 to 1 ms."""
 
 Granularity = Literal["whole", "rows", "elements"]
 """What a method must see at once: the whole tensor, whole rows (a row is the last dimension; a
@@ -26,11 +29,12 @@ one-dimensional tensor is one row), or any run of elements."""
 class Grid:
     """Blocks of one tensor shape.
 
-    A block holds as many whole rows as fit into `BLOCK_ELEMENTS`; a row longer than that is cut
-    into pieces of `BLOCK_ELEMENTS`, anew for every row.
+    A block holds as many whole rows as fit into `block` elements; a row longer than that is cut
+    into pieces of `block` elements, anew for every row.
     """
 
     shape: tuple[int, ...]
+    block: int = BLOCK_ELEMENTS
 
     @property
     def elements(self) -> int:
@@ -44,14 +48,14 @@ class Grid:
     @property
     def whole_rows(self) -> bool:
         """Do blocks consist of whole rows?"""
-        return self.row <= BLOCK_ELEMENTS
+        return self.row <= self.block
 
     @property
     def step(self) -> int:
         """Elements of a full block."""
         if not self.row:
             return 1
-        return BLOCK_ELEMENTS // self.row * self.row if self.whole_rows else BLOCK_ELEMENTS
+        return self.block // self.row * self.row if self.whole_rows else self.block
 
     def __len__(self) -> int:
         if self.whole_rows:

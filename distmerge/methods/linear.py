@@ -82,8 +82,19 @@ def soup_call(count: int, *, weights: Sequence[float] | None = None) -> dict[str
 
 
 linear = describe(
-    _linear, name="linear", blocks="elements", from_call=soup_call, raw=True, builtin=True
+    _linear,
+    name="linear",
+    blocks="elements",
+    from_call=soup_call,
+    raw=True,
+    builtin=True,
+    seamless=True,
 )
 passthrough = describe(
-    _passthrough, name="passthrough", blocks="elements", models=(1, 1), builtin=True
+    _passthrough,
+    name="passthrough",
+    blocks="elements",
+    models=(1, 1),
+    builtin=True,
+    seamless=True,
 )

@@ -137,6 +137,9 @@ class MergeMethod:
     raw: bool = False
     """Does it take operands in the dtype they are stored in? See `distmerge.methods.operands`."""
     builtin: bool = False
+    seamless: bool | Callable[[Mapping[str, Any]], bool] = False
+    """Does it work on each element by itself, and are its questions exact, so that it gives the
+    same bits however wide a block is? Can depend on the parameters."""
 
     def __post_init__(self) -> None:
         # What functools.update_wrapper would set, on a frozen instance.
@@ -201,6 +204,11 @@ class MergeMethod:
         """What it must see at once of a tensor of this shape."""
         known = self.granularity
         return known if isinstance(known, str) else known(parameters, shape)
+
+    def is_seamless(self, parameters: Mapping[str, Any]) -> bool:
+        """Does the width of blocks make no difference with these parameters?"""
+        known = self.seamless
+        return known if isinstance(known, bool) else known(parameters)
 
     def check_count(self, models: Sequence[object], base: object | None) -> None:
         """Refuse too few or too many models; `base` is not among them.

@@ -33,6 +33,7 @@ def describe(
     from_call: Callable[..., dict[str, Any]] | None = None,
     raw: bool = False,
     builtin: bool = False,
+    seamless: bool | Callable[[Mapping[str, Any]], bool] = False,
 ) -> MergeMethod:
     """Read a function's signature into a `MergeMethod`, whose fields say what the options are.
 
@@ -75,6 +76,7 @@ def describe(
         offered=frozenset(p.name for p in rest if p.name in OFFERED),
         raw=raw,
         builtin=builtin,
+        seamless=seamless,
     )
 
 

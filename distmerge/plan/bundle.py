@@ -13,7 +13,6 @@ from distmerge.checkpoints.tensors import FileInfo, TensorInfo
 from distmerge.checkpoints.views import View
 from distmerge.errors import MemoryBudgetError
 from distmerge.expressions.program import Call, Compute, Program, Read, Same, Scales, Step, operands
-from distmerge.methods.blocks import Grid
 from distmerge.plan.memory import (
     WINDOW,
     WINDOWS,
@@ -22,8 +21,9 @@ from distmerge.plan.memory import (
     largest_need,
     plan_memory,
 )
-from distmerge.plan.plan import Plan, largest_need_of
-from distmerge.plan.work import KeyTask, Source, WorkUnit
+from distmerge.plan.needs import largest_need_of
+from distmerge.plan.plan import Plan
+from distmerge.plan.work import KeyTask, Source, WorkUnit, narrowed
 
 
 @dataclass
@@ -41,7 +41,9 @@ def side_by_side(units: Sequence[WorkUnit]) -> tuple[WorkUnit, list[WorkUnit]]:
     their leaves numbered as it has them."""
     shared: list[_Leaf] = []
     numbers = [_numbers(unit, shared) for unit in units]
-    renumbered = [_renumbered(unit, own) for unit, own in zip(units, numbers, strict=True)]
+    renumbered = [
+        narrowed(_renumbered(unit, own)) for unit, own in zip(units, numbers, strict=True)
+    ]
     tasks = []
     for place, task in enumerate(renumbered[0].tasks):
         inputs = {n: one for unit in renumbered for n, one in unit.tasks[place].inputs.items()}
@@ -104,7 +106,7 @@ def _memory(plans: Sequence[Plan], allowed: int, threads: int) -> MemoryPlan:
         needs += [largest_need_of(unit.tasks) for unit in (together, *own)]
         for number in range(len(together.tasks)):
             tasks = [unit.tasks[number] for unit in own]
-            asked = max(asked, sum(asked_bytes(t.program, t.shape, 8) for t in tasks))
+            asked = max(asked, sum(asked_bytes(t.program, t.grid, 8) for t in tasks))
             kept = max(kept, kept_bytes(tasks))
     largest = largest_need(needs)
     need = replace(
@@ -137,7 +139,7 @@ def kept_bytes(tasks: Sequence[KeyTask]) -> int:
         for number, step in enumerate(task.program.steps):
             left = list(_made(step, steps))
             made.update(left if number < last else left[:-1])  # a result is each program's own
-    grid = Grid(tasks[0].shape)
+    grid = tasks[0].grid
     most = max(sum(count for _, count in made) for made in together.values())
     return most * min(grid.step, grid.elements) * max(task.item_size for task in tasks)
 

@@ -103,15 +103,14 @@ def bare_process() -> int:
     return int(min(psutil.Process().memory_info().rss, BARE_LIMIT))
 
 
-def need_of(program: Program, shape: tuple[int, ...], raw: int, itemsize: int) -> Need:
+def need_of(program: Program, grid: Grid, raw: int, itemsize: int) -> Need:
     """What one key asks for. `raw` is the bytes of its inputs as they lie in the files, `itemsize`
     the bytes of an element in the arithmetic."""
-    grid = Grid(shape)
     block = min(grid.step, max(grid.elements, 1)) * itemsize
     operands = max(len(program.steps), 1)
     share = raw * min(grid.step, grid.elements) // max(grid.elements, 1)
-    gathered = gathered_bytes(program, shape, itemsize)
-    again = 0 if in_one_pass(program, shape) else raw
+    gathered = gathered_bytes(program, grid.shape, itemsize)
+    again = 0 if in_one_pass(program, grid.shape) else raw
     return Need((3 * operands + 6) * block, gathered, 0, again, share)
 
 
@@ -126,10 +125,9 @@ def in_one_pass(program: Program, shape: tuple[int, ...]) -> bool:
     )
 
 
-def with_views(need: Need, shape: tuple[int, ...], views: Sequence[View], itemsize: int) -> Need:
+def with_views(need: Need, grid: Grid, views: Sequence[View], itemsize: int) -> Need:
     """What a key asks for whose inputs are made as they are read: copies of each block and of what
     every block needs; all of an input that must be made at once."""
-    grid = Grid(shape)
     rows = grid.step if grid.whole_rows else max(grid.row, grid.step)
     block = VIEW_COPIES * min(rows, max(grid.elements, 1)) * itemsize
     fixed = sum(view.fixed for view in views)
@@ -162,11 +160,10 @@ def gathered_bytes(program: Program, shape: tuple[int, ...], itemsize: int) -> i
     return sum((3 * _operands(call) + 2) * grid.elements * itemsize for call in whole)
 
 
-def asked_bytes(program: Program, shape: tuple[int, ...], itemsize: int) -> int:
+def asked_bytes(program: Program, grid: Grid, itemsize: int) -> int:
     """What a key holds while its methods' questions are open: a histogram for each model, and
     its first block's result, which shows that none is open any more."""
     calls = [step for step in program.steps if isinstance(step, Call) and step.method.generator]
-    grid = Grid(shape)
     result = min(grid.step, grid.elements) * itemsize
     return sum(_operands(call) * HISTOGRAM for call in calls) + result if calls else 0
 
@@ -201,10 +198,7 @@ def plan_memory(
     """
     blocks, windows = need.block * threads, WINDOWS * WINDOW
     fixed = reserved + SLACK + blocks + windows + need.gathered + need.coding + sending
-    # A ring buffer always has room for half its size, wherever its head stands; inputs are
-    # aligned in it, and holes between them may add a quarter.
-    least = 2 * (max(need.resident, 2 * need.streamed) + MiB)
-    useful = max(4 * group, need.largest * 5 // 2 + MiB, least)
+    least = _least_arena(need)
     if fixed + least > allowed:
         raise MemoryBudgetError(
             f"A worker would need {_mib(fixed + least)}, and {_mib(allowed)} are allowed.",
@@ -218,10 +212,21 @@ def plan_memory(
             ),
             fix=f"--allowed-mem {-(-(fixed + least) // MiB) + 16}MiB",
         )
-    arena = min(useful, allowed - fixed)
+    arena = min(useful_arena(need, group), allowed - fixed)
     return MemoryPlan(
         allowed, reserved, blocks, windows, need.gathered, arena, least, sending, need.coding, group
     )
+
+
+def useful_arena(need: Need, group: int) -> int:
+    """Bytes of inputs beyond which more doesn't help."""
+    return max(4 * group, need.largest * 5 // 2 + MiB, _least_arena(need))
+
+
+def _least_arena(need: Need) -> int:
+    # A ring buffer always has room for half its size, wherever its head stands; inputs are
+    # aligned in it, and holes between them may add a quarter.
+    return 2 * (max(need.resident, 2 * need.streamed) + MiB)
 
 
 def fitted(plan: MemoryPlan, reserved: int) -> MemoryPlan:

@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from distmerge.checkpoints.safetensors_header import encode_header
 from distmerge.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, TensorInfo
-from distmerge.checkpoints.views import View, parts_of
+from distmerge.checkpoints.views import parts_of
 from distmerge.errors import DtypeMismatch, RecipeError
 from distmerge.expressions.alignment import Inputs, Skipped, align, spec_of
 from distmerge.expressions.compiler import Compiler
 from distmerge.expressions.nodes import Leaf
-from distmerge.expressions.program import Program, Same, Scales
+from distmerge.expressions.program import Program, Same
 from distmerge.expressions.request import MergeRequest
+from distmerge.methods.blocks import BLOCK_ELEMENTS, WIDE_BLOCK
 from distmerge.plan import describe
 from distmerge.plan.coverage import account
 from distmerge.plan.digest import digest_of, kernel_class
 from distmerge.plan.eight_bit import CODES, with_scales
 from distmerge.plan.idle import with_idle
-from distmerge.plan.memory import (
-    FAR_GROUP,
-    GROUP,
-    MemoryPlan,
-    Need,
-    bare_process,
-    coding_bytes,
-    largest_need,
-    need_of,
-    plan_memory,
-    with_views,
-)
+from distmerge.plan.memory import FAR_GROUP, GROUP, MemoryPlan, bare_process
+from distmerge.plan.needs import with_memory
 from distmerge.plan.padding import filled
 from distmerge.plan.probe import asks_model
 from distmerge.plan.shards import default_shard_size, partition, together
@@ -150,12 +141,12 @@ def make_plan(
     digest = digest_of(request.root, request.seed, headers, kernel, request.tokenizer, donor)
     if len(units) == 1:
         units = [replace(units[0], path=f"{STAGING}/{digest}/{units[0].shard}")]
-    need = largest_need_of(outputs)
     if reserved is None:  # now that methods, kernels and the plan itself are in memory
         reserved = bare_process() + besides
     group = FAR_GROUP if any(unit.is_far for unit in units) else GROUP
     budget = {"allowed": allowed_mem, "threads": threads, "reserved": reserved}
-    memory = plan_memory(need, **budget, sending=sending, group=group)
+    budget |= {"sending": sending, "group": group}
+    units, memory = with_memory(units, budget)
     return Plan(
         request=request if keys is not None else with_idle(request, compiler),
         inputs=inputs,
@@ -205,6 +196,7 @@ def _output(
         offset=0,
         inputs=given,
         base=donor if len(leaves) > 1 else None,
+        block=WIDE_BLOCK if program.seamless else BLOCK_ELEMENTS,
     )
 
 
@@ -222,39 +214,6 @@ def _check_floats(key: str, dtypes: set[str]) -> None:
             f"looked for {key}_scale_inv and {key}_scale, one for all, for each row or each block",
             fix="convert the model to bfloat16 first",
         )
-
-
-def largest_need_of(tasks: Iterable[KeyTask]) -> Need:
-    """The most that any of them asks for, field by field."""
-    return largest_need(_need(task) for task in {_look(t): t for t in tasks}.values())
-
-
-def _look(task: KeyTask) -> Hashable:
-    """All that a task's need depends on, where its inputs are plain; tasks alike are many."""
-    looks: list[Hashable] = []
-    for given in task.inputs.values():
-        if not isinstance(given, TensorInfo):
-            return id(task)
-        looks.append((given.dtype, given.stop - given.start, given.strides))
-    return (id(task.program.steps), task.shape, task.dtype, *looks)
-
-
-def _need(task: KeyTask) -> Need:
-    given = task.inputs.values()
-    infos = [part.info for one in given for part in parts_of(one)]
-    itemsize = task.item_size
-    raw = sum(info.stop - info.start for info in infos)
-    if isinstance(task.program.steps[0], Scales):
-        return Need(0, 0, 0, 0, 0)
-    need = need_of(task.program, task.shape, raw, itemsize)
-    views = [one for one in given if isinstance(one, View)]
-    if views:
-        need = with_views(need, task.shape, views, itemsize)
-    if task.dtype == CODES:
-        need = replace(need, coding=coding_bytes(task.shape))
-    if any(info.strides is not None for info in infos) or any(view.whole for view in views):
-        return replace(need, resident=raw)  # it can't be cut into runs of the file
-    return need
 
 
 def _units(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from distmerge.checkpoints.tensors import FileInfo, TensorInfo
 from distmerge.checkpoints.views import View, stored_bytes
 from distmerge.expressions.alignment import spec_of
 from distmerge.expressions.program import Program
+from distmerge.methods.blocks import BLOCK_ELEMENTS, Grid
 
 Origin = tuple[int, int]
 """A leaf, and which of its checkpoints: 0 is its own, further ones are those that views read."""
@@ -43,11 +44,25 @@ class KeyTask:
     """By leaf; a tensor where the leaf is a state dict in memory."""
     base: int | None
     """The leaf from which the share of lost deltas is counted."""
+    block: int = BLOCK_ELEMENTS
+    """Elements of a full block. Wider ones where the memory allows, and the bits don't change."""
+
+    @property
+    def grid(self) -> Grid:
+        """Its blocks."""
+        return Grid(self.shape, self.block)
 
     @property
     def item_size(self) -> int:
         """Bytes of an element in the arithmetic."""
         return 8 if any(spec_of(given)[0] == "F64" for given in self.inputs.values()) else 4
+
+
+def narrowed(unit: WorkUnit) -> WorkUnit:
+    """The unit, its blocks no wider than any method's."""
+    if all(task.block == BLOCK_ELEMENTS for task in unit.tasks):
+        return unit
+    return replace(unit, tasks=tuple(replace(t, block=BLOCK_ELEMENTS) for t in unit.tasks))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,6 @@ from torch import Tensor
 from distmerge.checkpoints.tensors import DTYPE_BYTES
 from distmerge.expressions.alignment import TORCH_DTYPES
 from distmerge.expressions.compute_pool import ComputePool
-from distmerge.methods.blocks import Grid
 from distmerge.methods.fusion import flat, fused_for
 from distmerge.plan.eight_bit import CODES
 from distmerge.plan.memory import CODING
@@ -132,9 +131,9 @@ class BlockWriter:
         return self._coders[key].scales
 
     def _write_codes(self, task: int, blocks: Sequence[int], produce: Produce) -> int:
-        key, shape = self._tasks[task].program.key, self._tasks[task].shape
-        coder = self._coders.setdefault(key, Coder(shape, self._pool))
-        count = max(1, CODING // max(Grid(shape).step, 1))
+        key, grid = self._tasks[task].program.key, self._tasks[task].grid
+        coder = self._coders.setdefault(key, Coder(grid.shape, self._pool))
+        count = max(1, CODING // max(grid.step, 1))
         written = 0
         for at in range(0, len(blocks), count):
             made = self._pool.map(partial(produce, task), blocks[at : at + count])
@@ -184,7 +183,7 @@ class BlockWriter:
     def nbytes(self, item: Item) -> int:
         """Of a block in the output."""
         task = self._tasks[item[0]]
-        start, stop = Grid(task.shape).span(item[1])
+        start, stop = task.grid.span(item[1])
         return (stop - start) * DTYPE_BYTES[task.dtype]
 
     def fill(

@@ -26,7 +26,6 @@ from distmerge.expressions.evaluate import Evaluation, Place, ReadBlock, Span
 from distmerge.expressions.model_questions import KeyPartials
 from distmerge.expressions.program import Read, Scales
 from distmerge.expressions.settle import InRounds, settle
-from distmerge.methods.blocks import Grid
 from distmerge.methods.reductions import Question
 from distmerge.plan.memory import WINDOW
 from distmerge.plan.work import KeyTask, WorkUnit
@@ -129,6 +128,7 @@ class UnitRun:
         return Evaluation(
             task.program,
             task.shape,
+            block=task.block,
             compute_dtype=compute_dtype(dtypes),
             seed=self.context.seed,
             device=self.context.device,
@@ -175,7 +175,7 @@ class UnitRun:
                 return firsts.pop(i)
             return self._produce(i, block, evaluations.get(i), reads[i])
 
-        items = [(i, b) for i in tasks for b in range(len(Grid(self.unit.tasks[i].shape)))]
+        items = [(i, b) for i in tasks for b in range(len(self.unit.tasks[i].grid))]
         self._write(items, produce, fetched)
 
     def _process_stretch(self, i: int, blocks: range, streamed: Streamed, fetched: Fetched) -> None:
@@ -233,12 +233,12 @@ class UnitRun:
         task = self.unit.tasks[i]
         if isinstance(step := task.program.steps[0], Scales):
             assert self.blocks is not None
-            start, stop = Grid(task.shape).span(block)
+            start, stop = task.grid.span(block)
             return self.blocks.scales(step.of).view(-1)[start:stop]
         if evaluation is None:
-            return self._same(task, Grid(task.shape).span(block), read)
+            return self._same(task, task.grid.span(block), read)
         if len(task.program.steps) == 1 and isinstance(task.program.steps[0], Read):
-            return read(task.program.steps[0].leaf, Grid(task.shape).span(block))
+            return read(task.program.steps[0].leaf, task.grid.span(block))
         value = evaluation.block(block, read)
         assert value is not None, "a settled evaluation has a result for every block"
         return value
@@ -282,7 +282,7 @@ class UnitRun:
         task = self.unit.tasks[i]
         if task.base is None or task.dtype not in ROUNDING:
             return None
-        held, span = task.inputs[task.base], Grid(task.shape).span(block)
+        held, span = task.inputs[task.base], task.grid.span(block)
         if isinstance(held, Unfilled) and span[1] > held.known * held.row:
             return None
         return self._reader(i, fetched)(task.base, span)

@@ -14,7 +14,6 @@ from distmerge.checkpoints.tensors import TensorInfo
 from distmerge.checkpoints.views import View, fixed_bytes, parts_of
 from distmerge.expressions.program import Call, Same, Scales
 from distmerge.expressions.settle import InRounds
-from distmerge.methods.blocks import Grid
 from distmerge.plan.memory import (
     ASKING,
     asked_bytes,
@@ -76,7 +75,7 @@ def windows(
             continue
         size = _room(task)
         large = size > (most if _passes_once(task) else limit)
-        streams = large and len(Grid(task.shape)) > 1 and not is_strided(task)
+        streams = large and len(task.grid) > 1 and not is_strided(task)
         if gathered and (streams or filled + size > most):
             yield Window(tuple(gathered))
             gathered, filled = [], 0
@@ -92,7 +91,7 @@ def windows(
 def _rounds(
     i: int, task: KeyTask, most: int, begin: Callable[[KeyTask], InRounds]
 ) -> Iterator[Window]:
-    grid = Grid(task.shape)
+    grid = task.grid
     fixed = sum(fixed_bytes(given) for given in task.inputs.values())
     moving = max(raw_bytes(task) - fixed, 1)
     per_block = -(-moving * min(grid.step, grid.elements) // grid.elements)
@@ -109,7 +108,7 @@ def wanted(tasks: Sequence[KeyTask], window: Window) -> list[Wanted]:
     """What a window needs from the files."""
     found = []
     for i in window.tasks:
-        grid = Grid(tasks[i].shape)
+        grid = tasks[i].grid
         span = (0, grid.elements)
         if window.streamed is not None:
             span = (grid.span(window.blocks[0])[0], grid.span(window.blocks[-1])[1])
@@ -138,10 +137,10 @@ def batches(
     for i in window.tasks:
         more_whole = more_asked = 0
         for tasks in units:
-            program, shape, itemsize = tasks[i].program, tasks[i].shape, tasks[i].item_size
-            more_whole += gathered_bytes(program, shape, itemsize)
+            program, itemsize = tasks[i].program, tasks[i].item_size
+            more_whole += gathered_bytes(program, tasks[i].shape, itemsize)
             more_whole += made_bytes(tasks[i].inputs.values(), itemsize)
-            more_asked += asked_bytes(program, shape, itemsize)
+            more_asked += asked_bytes(program, tasks[i].grid, itemsize)
         if run and (whole + more_whole > gathered or asked + more_asked > ASKING):
             yield tuple(run)
             run, whole, asked = [], 0, 0

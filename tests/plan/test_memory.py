@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from methods.trees import apply, programs
 
 from distmerge.errors import MemoryBudgetError
-from distmerge.methods.blocks import BLOCK_ELEMENTS
+from distmerge.methods.blocks import BLOCK_ELEMENTS, Grid
 from distmerge.methods.declare import layer_merge
 from distmerge.plan.memory import (
     BARE_LIMIT,
@@ -163,23 +163,23 @@ def test_a_block_of_a_small_and_of_a_large_tensor():
     """3 temporaries for each of the three steps, and 6 more: linear reads two models."""
     program = one(apply("linear", [torch.ones(2)] * 2, parameters={"weight": 1.0}))
     steps = len(program.steps)
-    small, large = (need_of(program, shape, 0, 4) for shape in ((10, 10), (4096, 4096)))
+    small, large = (need_of(program, Grid(shape), 0, 4) for shape in ((10, 10), (4096, 4096)))
     assert small.block == (3 * steps + 6) * 100 * 4
     assert large.block == (3 * steps + 6) * BLOCK_ELEMENTS * 4
-    assert need_of(program, (4096, 4096), 0, 8).block == 2 * large.block
+    assert need_of(program, Grid((4096, 4096)), 0, 8).block == 2 * large.block
     assert large.gathered == 0
 
 
 def test_raw_bytes_of_a_block_and_of_a_key():
     program = one(apply("linear", [torch.ones(2)] * 2, parameters={"weight": 1.0}))
     raw = 2 * 2 * 4096 * 4096
-    need = need_of(program, (4096, 4096), raw, 4)
+    need = need_of(program, Grid((4096, 4096)), raw, 4)
     assert need.largest == 0, "nothing gains from keeping what is passed over once"
     assert need.streamed == raw // 64, "a block of two bfloat16 models"
     asking = one(apply("karcher", [torch.ones(2)] * 2))
-    assert need_of(asking, (4096, 4096), raw, 4).largest == raw
-    assert need_of(program, (10, 10), 400, 4).streamed == 400
-    assert need_of(program, (0, 10), 0, 4).streamed == 0
+    assert need_of(asking, Grid((4096, 4096)), raw, 4).largest == raw
+    assert need_of(program, Grid((10, 10)), 400, 4).streamed == 400
+    assert need_of(program, Grid((0, 10)), 0, 4).streamed == 0
 
 
 @pytest.mark.parametrize(
@@ -197,13 +197,13 @@ def test_methods_that_see_whole_tensors_hold_them(method, shape, gathers):
     elements = shape[0] * shape[1]
     expected = 8 * elements * 4 if gathers else 0
     assert gathered_bytes(program, shape, 4) == expected
-    assert need_of(program, shape, 0, 4).gathered == expected
+    assert need_of(program, Grid(shape), 0, 4).gathered == expected
 
 
 def test_open_questions_hold_histograms_and_a_result():
     ties = one(apply("ties", [torch.ones(2)] * 2, torch.ones(2), parameters={"weight": 1.0}))
-    assert asked_bytes(ties, (512, 512), 4) == 3 * 512 * 1024 + 4 * BLOCK_ELEMENTS
-    assert asked_bytes(one(apply("median", [torch.ones(2)])), (512, 512), 4) == 0
+    assert asked_bytes(ties, Grid((512, 512)), 4) == 3 * 512 * 1024 + 4 * BLOCK_ELEMENTS
+    assert asked_bytes(one(apply("median", [torch.ones(2)])), Grid((512, 512)), 4) == 0
 
 
 @given(st.lists(needs, max_size=5))

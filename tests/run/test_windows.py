@@ -68,7 +68,7 @@ shapes = st.lists(
 )
 def test_windows_hold_every_key_and_fit(shapes, leaves, gap, more, group):
     tasks = tasks_of(shapes, leaves, gap)
-    need = largest_need(need_of(t.program, t.shape, raw_bytes(t), 4) for t in tasks)
+    need = largest_need(need_of(t.program, t.grid, raw_bytes(t), 4) for t in tasks)
     fixed = need.block + WINDOWS * WINDOW + SLACK
     with pytest.raises(MemoryBudgetError):
         plan_memory(need, allowed=fixed, threads=1, reserved=0)

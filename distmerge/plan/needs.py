@@ -1,0 +1,74 @@
+"""What the keys of a plan ask of a worker's memory, and how wide their blocks are for it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from distmerge.checkpoints.tensors import TensorInfo
+from distmerge.checkpoints.views import View, parts_of
+from distmerge.errors import MemoryBudgetError
+from distmerge.expressions.program import Scales
+from distmerge.plan.eight_bit import CODES
+from distmerge.plan.memory import (
+    MemoryPlan,
+    Need,
+    coding_bytes,
+    largest_need,
+    need_of,
+    plan_memory,
+    useful_arena,
+    with_views,
+)
+from distmerge.plan.work import KeyTask, WorkUnit, narrowed
+
+
+def with_memory(
+    units: Sequence[WorkUnit], budget: Mapping[str, int]
+) -> tuple[list[WorkUnit], MemoryPlan]:
+    """Share out the memory. Where wide blocks would take it from the inputs, they are narrow."""
+    need = _need_of_units(units)
+    with contextlib.suppress(MemoryBudgetError):
+        memory = plan_memory(need, **budget)
+        if memory.arena >= useful_arena(need, budget["group"]):
+            return list(units), memory
+    narrow = [narrowed(unit) for unit in units]
+    return narrow, plan_memory(_need_of_units(narrow), **budget)
+
+
+def _need_of_units(units: Iterable[WorkUnit]) -> Need:
+    return largest_need_of(task for unit in units for task in unit.tasks)
+
+
+def largest_need_of(tasks: Iterable[KeyTask]) -> Need:
+    """The most that any of them asks for, field by field."""
+    return largest_need(_need(task) for task in {_look(t): t for t in tasks}.values())
+
+
+def _look(task: KeyTask) -> Hashable:
+    """All that a task's need depends on, where its inputs are plain; tasks alike are many."""
+    looks: list[Hashable] = []
+    for given in task.inputs.values():
+        if not isinstance(given, TensorInfo):
+            return id(task)
+        looks.append((given.dtype, given.stop - given.start, given.strides))
+    return (id(task.program.steps), task.shape, task.block, task.dtype, *looks)
+
+
+def _need(task: KeyTask) -> Need:
+    given = task.inputs.values()
+    infos = [part.info for one in given for part in parts_of(one)]
+    itemsize = task.item_size
+    raw = sum(info.stop - info.start for info in infos)
+    if isinstance(task.program.steps[0], Scales):
+        return Need(0, 0, 0, 0, 0)
+    need = need_of(task.program, task.grid, raw, itemsize)
+    views = [one for one in given if isinstance(one, View)]
+    if views:
+        need = with_views(need, task.grid, views, itemsize)
+    if task.dtype == CODES:
+        need = replace(need, coding=coding_bytes(task.shape))
+    if any(info.strides is not None for info in infos) or any(view.whole for view in views):
+        return replace(need, resident=raw)  # it can't be cut into runs of the file
+    return need
