@@ -16,6 +16,7 @@ from run.merging import small_models
 
 PACKAGE = Path(__file__).parent.parent / "distmerge"
 
+KERNELS = {f"methods/{kind}kernels.py" for kind in ("", "random_", "raw_", "rounding_")}
 BELOW: dict[str, set[str]] = {
     "credentials": set(),
     "errors": {"credentials"},
@@ -102,12 +103,7 @@ HOMES = {
         "run/progress.py",
     },
     "typer": {"cli/"},
-    "numba": {
-        "methods/chunks.py",
-        "methods/kernels.py",
-        "methods/random_kernels.py",
-        "methods/raw_kernels.py",
-    },
+    "numba": {"methods/chunks.py", *KERNELS},
     "optuna": {"sweeps/trials.py"},
     "cloudpickle": {"methods/user_code.py", "run/ray_", "sweeps/evaluation.py", "sweeps/ray_"},
 }
@@ -120,9 +116,7 @@ AT_THE_TOP = {
     ("sweeps/ray_spool.py", "ray"),
     ("sweeps/evaluation.py", "cloudpickle"),
     ("methods/chunks.py", "numba"),
-    ("methods/kernels.py", "numba"),
-    ("methods/random_kernels.py", "numba"),
-    ("methods/raw_kernels.py", "numba"),
+    *((kernels, "numba") for kernels in KERNELS),
     ("methods/user_code.py", "cloudpickle"),
 }
 """Modules that are themselves imported late; and cloudpickle, which is small."""

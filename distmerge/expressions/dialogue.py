@@ -18,6 +18,7 @@ from typing import Any
 from distmerge.errors import MethodError
 from distmerge.expressions.program import Call
 from distmerge.expressions.question_kinds import Said, said_by
+from distmerge.expressions.rounds import SAMPLE
 from distmerge.methods.random import Draw
 from distmerge.methods.reductions import Again, Question
 from distmerge.methods.sharing import is_shared, once
@@ -27,8 +28,6 @@ Place = tuple[int, int, int]
 
 UNKNOWN: Any = object()
 """A value that needs answers not known yet."""
-SAMPLE = -1
-"""Stands for a block's index while a sample is looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +138,7 @@ class Dialogue:
                 said = conversation.send(bound if several else bound[0])
                 ordinal += 1
         except StopIteration as stop:
-            self._returned = self._returned or index != SAMPLE
+            self._returned = self._returned or index >= 0
             return stop.value
 
     def _bound(self, answer: Any, ordinal: int, place: int, start: int) -> Any:
@@ -163,6 +162,7 @@ class Dialogue:
         """Note what this block has to say to the questions of one yield."""
         if index == SAMPLE:
             self._note_sample(ordinal, questions)
+        if index < 0:
             return
         said = [said_by(question) for question in questions]
         kinds = [one.kind for one in said]

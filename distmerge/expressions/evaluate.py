@@ -10,7 +10,6 @@ The same code serves eager merges, the in-process engine and the workers on a cl
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Generator, Hashable, Mapping
 from functools import partial
 from typing import Any
@@ -19,42 +18,26 @@ import torch
 from torch import Tensor
 
 from distmerge.errors import DistmergeError, MethodError
-from distmerge.expressions.dialogue import SAMPLE, UNKNOWN, Answered, Dialogue, Place
+from distmerge.expressions.dialogue import UNKNOWN, Answered, Dialogue, Place
+from distmerge.expressions.gathering import Gathering
 from distmerge.expressions.program import Call, Compute, Program, Read, operands, raw_reads
+from distmerge.expressions.rounds import PEEK, SAMPLE, Begun, ReadBlock, Span
 from distmerge.methods.blocks import BLOCK_ELEMENTS, Grid
 from distmerge.methods.operands import reads_raw
 from distmerge.methods.random import Draw
 from distmerge.methods.reductions import Question
 from distmerge.methods.sharing import is_plain, once
 
-__all__ = ["Answered", "Evaluation", "Place", "ReadBlock", "Span"]
-
-Span = tuple[int, int]
-ReadBlock = Callable[[int, Span], Tensor]
-"""A leaf's elements in a span, flat, in any dtype; the evaluation never writes to them."""
+__all__ = ["Answered", "Evaluation", "Place"]
 
 SAMPLE_FROM = 1 << 20
 """Elements from which looking at a sample first saves more than it costs."""
 SAMPLED = 16
 """One in so many elements is looked at."""
+PEEKED = 64
+"""Elements that show whether a method asks."""
 APART = 4
 """They are taken from one in so many blocks, at least from so many: each call has its costs."""
-
-
-class _Gathering:
-    """Operands of a method that sees whole tensors, put together block by block."""
-
-    def __init__(self) -> None:
-        self.operands: list[Tensor] | None = None
-        self.result: Tensor | None = None
-        self._lock = threading.Lock()
-
-    def add(self, operands: list[Tensor], span: Span, elements: int) -> None:
-        with self._lock:
-            if self.operands is None:
-                self.operands = [o.new_empty(elements) for o in operands]
-        for whole, operand in zip(self.operands, operands, strict=True):
-            whole[span[0] : span[1]] = operand.reshape(-1)
 
 
 class Evaluation:
@@ -81,7 +64,7 @@ class Evaluation:
         self.seed = seed
         self.device = torch.device(device)
         calls = {i: s for i, s in enumerate(program.steps) if isinstance(s, Call)}
-        self._gatherings = {i: _Gathering() for i, s in calls.items() if self._gathers(s)}
+        self._gatherings = {i: Gathering() for i, s in calls.items() if self._gathers(s)}
         raw = self.device.type == "cpu" and compute_dtype == torch.float32
         self._raw = raw_reads(program, self._gatherings) if raw else frozenset()
         self._dialogues = {
@@ -125,6 +108,22 @@ class Evaluation:
         """
         result = self._run(index, self.grid.span(index), read)
         return None if result is UNKNOWN else result.reshape(-1)
+
+    def begin_round(self, read: ReadBlock) -> Begun:
+        """Find out whether this round asks: by a look at a few elements, so that no thread waits
+        for a whole block, where a method of ours has no need of more."""
+        rest = range(len(self.grid))
+        if self._peeks and len(rest) > 1:
+            start, stop = self.grid.span(0)
+            asks = self._run(PEEK, (start, min(start + PEEKED, stop)), read) is UNKNOWN
+            return Begun(settled=not asks, ask=rest if asks else range(0))
+        value = self.block(0, read)
+        return Begun(value is not None, value, rest[1:] if value is None else range(0))
+
+    @property
+    def _peeks(self) -> bool:
+        calls = [s for s in self.program.steps if isinstance(s, Call)]
+        return all(s.method.builtin and s.sees(self.grid.shape) == "elements" for s in calls)
 
     @property
     def follows(self) -> bool:
@@ -278,7 +277,7 @@ class Evaluation:
                 progress |= dialogue.finish()
         return progress
 
-    def _apply_whole(self, place: int, gathering: _Gathering) -> bool:
+    def _apply_whole(self, place: int, gathering: Gathering) -> bool:
         """Call a method that sees the whole tensor, on operands gathered in this round."""
         step, dialogue = self.program.steps[place], self._dialogues.get(place)
         assert isinstance(step, Call)

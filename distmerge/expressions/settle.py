@@ -3,26 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from distmerge.expressions.compute_pool import ComputePool
-from distmerge.expressions.evaluate import ReadBlock
-from distmerge.methods.blocks import Grid
-
-
-class InRounds(Protocol):
-    """What is settled: an `Evaluation`, or several of one key side by side."""
-
-    @property
-    def grid(self) -> Grid: ...
-    @property
-    def direct(self) -> bool: ...
-    @property
-    def sampled(self) -> range: ...
-    def sample(self, index: int, read: ReadBlock) -> None: ...
-    def use_sample(self) -> None: ...
-    def block(self, index: int, read: ReadBlock) -> Any: ...
-    def advance(self) -> bool: ...
+from distmerge.expressions.rounds import InRounds, ReadBlock
 
 
 def settle(
@@ -42,10 +26,11 @@ def settle(
     for i in sampling:
         evaluations[i].use_sample()
     while still:
-        found = pool.map(lambda i: evaluations[i].block(0, reads[i]), still)
-        firsts.update({i: v for i, v in zip(still, found, strict=True) if v is not None})
-        asking = [i for i, value in zip(still, found, strict=True) if value is None]
-        rest = [(i, b) for i in asking for b in range(1, len(evaluations[i].grid))]
+        begun = pool.map(lambda i: evaluations[i].begin_round(reads[i]), still)
+        rounds = dict(zip(still, begun, strict=True))
+        firsts.update({i: one.first for i, one in rounds.items() if one.first is not None})
+        asking = [i for i in still if not rounds[i].settled]
+        rest = [(i, b) for i in asking for b in rounds[i].ask]
         pool.map(lambda at: evaluations[at[0]].block(at[1], reads[at[0]]), rest)
         progress = pool.map(lambda i: evaluations[i].advance(), asking)
         still = [i for i, worth_while in zip(asking, progress, strict=True) if worth_while]

@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from distmerge.errors import DistmergeError
-from distmerge.expressions.evaluate import Evaluation, ReadBlock
+from distmerge.expressions.evaluate import Evaluation
+from distmerge.expressions.rounds import Begun, ReadBlock
 from distmerge.methods.blocks import Grid
 from distmerge.methods.sharing import shared
 
@@ -80,6 +81,11 @@ class SideBySide:
         if index or self._asking():
             return None
         return [self._firsts.pop(n, None) for n in range(len(self.members))]
+
+    def begin_round(self, read: ReadBlock) -> Begun:
+        """See `Evaluation.begin_round`: who follows whom shows in the first block."""
+        value = self.block(0, read)
+        return Begun(value is not None, value, range(1, len(self.grid) if value is None else 1))
 
     def advance(self) -> bool:
         """See `Evaluation.advance`. Leaders come before those that follow them."""

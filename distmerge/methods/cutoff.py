@@ -136,10 +136,8 @@ class Cutoff:
     def _leading_bits(self) -> Counts:
         """The first histogram. It is the same for every share: shared blocks have it made once."""
         shift, width = _LEVELS[self.dtype][0]
-        what = "leading bits", self.dtype, self.rule == "nonzero"
-        counts = once(
-            what, [self.x], lambda: self._histogram(shift, width, 8 * self.dtype.itemsize - 1, 0)
-        )
+        what, bits = ("leading bits", self.dtype, self.rule == "nonzero"), 8 * self.dtype.itemsize
+        counts = once(what, [self.x], lambda: self._histogram(shift, width, bits - 1, 0))
         return counts.copy() if is_shared() else counts  # each is folded into others in place
 
     def _histogram(self, shift: int, width: int, prefix_shift: int, prefix: int) -> Counts:

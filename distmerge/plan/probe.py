@@ -10,9 +10,10 @@ from torch import Tensor
 
 from distmerge.errors import MethodError
 from distmerge.expressions.compute_pool import ComputePool
-from distmerge.expressions.evaluate import Evaluation, Span
+from distmerge.expressions.evaluate import Evaluation
 from distmerge.expressions.model_questions import ModelQuestions
 from distmerge.expressions.program import Call, Program, Read
+from distmerge.expressions.rounds import Span
 from distmerge.expressions.settle import settle
 from distmerge.methods.blocks import Grid
 

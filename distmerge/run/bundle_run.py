@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from distmerge.errors import DistmergeError
-from distmerge.expressions.evaluate import ReadBlock
+from distmerge.expressions.rounds import ReadBlock
 from distmerge.expressions.side_by_side import SideBySide
 from distmerge.plan.bundle import side_by_side
 from distmerge.plan.work import KeyTask, WorkUnit

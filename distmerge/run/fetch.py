@@ -15,7 +15,7 @@ from distmerge.checkpoints.store import Store
 from distmerge.checkpoints.tensors import DTYPE_BYTES, TensorInfo
 from distmerge.checkpoints.views import View
 from distmerge.expressions.alignment import TORCH_DTYPES
-from distmerge.expressions.evaluate import Span
+from distmerge.expressions.rounds import Span
 from distmerge.plan.work import Origin, Source
 from distmerge.run.arena import ALIGN, Arena, Lease
 

@@ -22,10 +22,11 @@ from distmerge.errors import NonFiniteResult
 from distmerge.expressions.alignment import spec_of
 from distmerge.expressions.compute_pool import ComputePool
 from distmerge.expressions.eager import compute_dtype, differing_integers
-from distmerge.expressions.evaluate import Evaluation, Place, ReadBlock, Span
+from distmerge.expressions.evaluate import Evaluation, Place
 from distmerge.expressions.model_questions import KeyPartials
 from distmerge.expressions.program import Read, Scales
-from distmerge.expressions.settle import InRounds, settle
+from distmerge.expressions.rounds import Begun, InRounds, ReadBlock, Span
+from distmerge.expressions.settle import settle
 from distmerge.methods.reductions import Question
 from distmerge.plan.memory import WINDOW
 from distmerge.plan.work import KeyTask, WorkUnit
@@ -182,36 +183,39 @@ class UnitRun:
         """Some blocks of one key in one round; the round's first block tells whether it is the
         last round."""
         evaluation, read = streamed.evaluation, self._reader(i, fetched)
-        first: Any = None
+        begun = Begun(settled=streamed.last_round, ask=blocks)
         if blocks[0] == 0:
-            if evaluation is not None and not evaluation.direct:
-                first = self.context.pool.map(lambda b: evaluation.block(b, read), [0])[0]
-            streamed.last_round = evaluation is None or evaluation.direct or first is not None
+            if evaluation is None or evaluation.direct:
+                begun = Begun(settled=True)
+            else:
+                begun = self.context.pool.map(evaluation.begin_round, [read])[0]
+            streamed.last_round = begun.settled
         if not streamed.last_round:
             assert evaluation is not None
-            self._ask(i, blocks, streamed, evaluation, read)
+            left = [b for b in blocks if b in begun.ask]
+            self._ask(left, blocks[-1], streamed, evaluation, read)
         elif self._only_ask:
             streamed.left = True
         else:
 
             def produce(i: int, block: int) -> Any:
-                if block == 0 and first is not None:
-                    return first
+                if block == 0 and begun.first is not None:
+                    return begun.first
                 return self._produce(i, block, evaluation, read)
 
             self._write([(i, b) for b in blocks], produce, fetched)
 
     def _ask(
         self,
-        i: int,
-        blocks: range,
+        blocks: Sequence[int],
+        last: int,
         streamed: Streamed,
         evaluation: InRounds,
         read: ReadBlock,
     ) -> None:
-        """Go on with a round that asks; its block 0 has been asked already."""
-        self.context.pool.map(lambda b: evaluation.block(b, read), [b for b in blocks if b])
-        if blocks[-1] == len(evaluation.grid) - 1 and not evaluation.advance():
+        """Ask these blocks of the stretch that ends with `last`."""
+        self.context.pool.map(lambda b: evaluation.block(b, read), blocks)
+        if last == len(evaluation.grid) - 1 and not evaluation.advance():
             self._note(evaluation)
             streamed.left = True
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from distmerge.checkpoints.tensors import TensorInfo
 from distmerge.checkpoints.views import View, fixed_bytes, parts_of
 from distmerge.expressions.program import Call, Same, Scales
-from distmerge.expressions.settle import InRounds
+from distmerge.expressions.rounds import InRounds
 from distmerge.plan.memory import (
     ASKING,
     asked_bytes,
