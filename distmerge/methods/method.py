@@ -207,8 +207,9 @@ class MergeMethod:
 
     def is_seamless(self, parameters: Mapping[str, Any]) -> bool:
         """Does the width of blocks make no difference with these parameters?"""
-        known = self.seamless
-        return known if isinstance(known, bool) else known(parameters)
+        if isinstance(self.seamless, bool):
+            return self.seamless
+        return self.seamless({n: p.default for n, p in self.parameters.items()} | {**parameters})
 
     def check_count(self, models: Sequence[object], base: object | None) -> None:
         """Refuse too few or too many models; `base` is not among them.
