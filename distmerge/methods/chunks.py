@@ -9,7 +9,7 @@ wait for. numba compiles a loop anew for each kind of operand, so one source ser
     uint16 array            bfloat16
     (uint16, uint16)        the difference of two bfloat16 arrays
     (addresses, uint16)     rows: bfloat16 arrays at these addresses, each minus the second
-    float32 array, 2-D      rows as they lie
+    (addresses, float32)    rows: float32 arrays as long as the second, one of them
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ def _length(x: Any) -> Any:
 
         return second
 
-    def last(x: Any) -> Any:
-        return x.shape[x.ndim - 1]
+    def own(x: Any) -> Any:
+        return x.size
 
-    return last
+    return own
 
 
 def chunk(x: Any, start: int, scratch: Array) -> Array:
@@ -118,11 +118,11 @@ def row_chunk(rows: Any, row: int, start: int, scratch: Array) -> Array:
 
 @overload(row_chunk)
 def _row_chunk(rows: Any, row: Any, start: Any, scratch: Any) -> Any:
-    def elsewhere(rows: Any, row: Any, start: Any, scratch: Any) -> Any:
+    def subtracted(rows: Any, row: Any, start: Any, scratch: Any) -> Any:
         model = array_at(rows[0][row], rows[1].size, rows[1])
         return chunk((model, rows[1]), start, scratch)
 
-    def as_they_lie(rows: Any, row: Any, start: Any, scratch: Any) -> Any:
-        return rows[row, start : start + scratch.size]
+    def as_it_lies(rows: Any, row: Any, start: Any, scratch: Any) -> Any:
+        return array_at(rows[0][row], rows[1].size, rows[1])[start : start + scratch.size]
 
-    return elsewhere if isinstance(rows, types.BaseTuple) else as_they_lie
+    return subtracted if rows[1].dtype == types.uint16 else as_it_lies

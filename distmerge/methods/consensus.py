@@ -42,15 +42,20 @@ class Consensus:
         self,
         base: Tensor,
         deltas: Sequence[Operand],
+        factors: Sequence[float] | None = None,
+        *,
         cuts: Sequence[Cut | BandCut] | None = None,
     ) -> Tensor:
-        """base + scale * combination of the task vectors, trimmed if there are `cuts`."""
+        """base + scale * combination of the task vectors, trimmed if there are `cuts`, and then
+        multiplied with the `factors`."""
+        factors = factors or [1.0] * len(deltas)
         fused = fused_for(*deltas)
         if fused is not None:
-            return self._fused(fused, base, deltas, cuts or [EVERYTHING] * len(deltas))
+            return self._fused(fused, base, deltas, factors, cuts or [EVERYTHING] * len(deltas))
         kept = [computed(delta) for delta in deltas]
         if cuts is not None:
             kept = [trim(delta, cut) for delta, cut in zip(kept, cuts, strict=True)]
+        kept = [k if f == 1.0 else k * f for k, f in zip(kept, factors, strict=True)]
         return base + self._combined(kept) * self.scale
 
     @property
@@ -65,18 +70,21 @@ class Consensus:
         fused: ModuleType,
         base: Tensor,
         deltas: Sequence[Operand],
+        factors: Sequence[float],
         cuts: Sequence[Cut | BandCut],
     ) -> Tensor:
         trims = [edges(cut) for cut in cuts]
+        operand, held = rows(deltas)
         out = torch.empty(base.shape)
         fused.trim_and_merge(
             elements(base),
-            rows(deltas),
+            operand,
             np.array([trim.bounds for trim in trims], np.float32),
             np.array([trim.stream for trim in trims], np.uint64),
             np.array([trim.first for trim in trims], np.int64),
             np.array(self.weights, np.float32),
             np.array(self._votes, np.float32),
+            np.array(factors, np.float32),
             self.elect is not None,
             self.normalize,
             np.float32(self.least),
@@ -84,6 +92,7 @@ class Consensus:
             np.float32(self.scale),
             flat(out),
         )
+        del held  # until here
         return out
 
     @property

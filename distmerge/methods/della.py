@@ -34,7 +34,7 @@ def _ranked(
             if 0.0 < keep < 1.0:
                 kept[i] = kept[i] / chances(delta, keep, spread).to(delta.dtype)
         return consensus.merge(base, kept)
-    return consensus.merge(base, (yield from rescaled(deltas, kept, rescale, density)))
+    return consensus.merge(base, *(yield from rescaled(deltas, kept, rescale, density)))
 
 
 def _della_linear(

@@ -21,6 +21,11 @@ class Difference:
         """Of the elements, once they are computed."""
         return torch.float32
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of both."""
+        return self.model.shape
+
 
 Operand = Tensor | Difference
 """What questions are asked about."""

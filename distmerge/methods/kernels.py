@@ -121,6 +121,7 @@ def trim_and_merge(
     firsts: Array,
     weights: Array,
     votes: Array,
+    factors: Array,
     elects: bool,
     normalize: bool,
     least: Any,
@@ -133,6 +134,7 @@ def trim_and_merge(
     base, deltas: see `distmerge.methods.chunks`; a row of deltas for each model.
     elects: elect a sign, and add up only what agrees with it.
     bounds, streams, firsts: for each model what `keep_between` takes.
+    factors: what each model's entries are multiplied with once they are trimmed.
     votes: what each model's entries are multiplied with when signs are elected and compared.
     normalize, least: divide by the sum of the weights that agreed, at least by `least`.
     divisor: of the sum where no sign is elected.
@@ -146,6 +148,8 @@ def trim_and_merge(
         for m in range(models):
             delta = row_chunk(deltas, m, start, scratches[1])
             keep_between(delta, bounds[m], streams[m], firsts[m] + start, kept[m, :width])
+            if factors[m] != np.float32(1.0):
+                _weigh(kept[m, :width], factors[m], kept[m, :width])
         merged, share = scratches[2, :width], scratches[3, :width]
         if elects:
             elected = scratches[4, :width]
@@ -248,6 +252,20 @@ def dot(x: Array, y: Array) -> float:
         left, right = x[start : start + LANES], y[start : start + LANES]
         for j in range(left.size):
             lanes[j] += np.float64(left[j]) * np.float64(right[j])
+    return in_order(lanes)
+
+
+@_loop
+def total_magnitude(x: Any) -> float:
+    """Sum of magnitudes in float64, in the lanes of `dot`."""
+    lanes = np.zeros(LANES, np.float64)
+    scratch = np.empty(CHUNK, np.float32)
+    for at in range(0, length(x), CHUNK):
+        held = chunk(x, at, scratch)
+        for start in range(0, held.size, LANES):
+            part = held[start : start + LANES]
+            for j in range(part.size):
+                lanes[j] += np.float64(abs(part[j]))
     return in_order(lanes)
 
 

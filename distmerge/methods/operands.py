@@ -47,8 +47,8 @@ def widened(x: Tensor) -> Tensor:
 
 
 def differences(models: Sequence[Tensor], base: Tensor) -> list[Tensor]:
-    """The task vectors, models minus base. They lie one behind the other in one tensor, and are not
-    to be written to: in a shared block others work on them as well."""
+    """The task vectors, models minus base; not to be written to: in a shared block others work on
+    them as well."""
     return list(once("differences", [base, *models], lambda: _differences(models, base)))
 
 
@@ -81,30 +81,19 @@ def elements(x: Operand) -> Any:
     return bits(x) if x.dtype == torch.bfloat16 else flat(x)
 
 
-def rows(xs: Sequence[Operand]) -> Any:
-    """What a loop takes as rows. Who calls it keeps `xs` until it has returned."""
+def rows(xs: Sequence[Operand]) -> tuple[Any, list[Bits]]:
+    """What a loop takes as rows; and what must be kept until it has returned, as it is given no
+    more than addresses."""
     first = xs[0]
     if isinstance(first, Difference) and all(
         isinstance(x, Difference) and x.base is first.base for x in xs
     ):
         held = [bits(x.model) for x in xs if isinstance(x, Difference)]
-        return addresses(held), bits(first.base)
-    return stacked([computed(x) for x in xs]).numpy()
+        return (addresses(held), bits(first.base)), held
+    flats = [flat(computed(x)) for x in xs]
+    return (addresses(flats), flats[0]), flats
 
 
 def addresses(held: Sequence[Bits]) -> Bits:
     """Where arrays begin in memory."""
     return np.array([one.ctypes.data for one in held], np.uint64)
-
-
-def stacked(parts: Sequence[Tensor]) -> Tensor:
-    """Float32 tensors of one shape as the flat rows of one: `differences` are, without a copy."""
-    first, size = parts[0], parts[0].numel()
-    begins = [part.data_ptr() - first.data_ptr() for part in parts]
-    if begins == [i * size * first.itemsize for i in range(len(parts))] and all(
-        part.is_contiguous()
-        and part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        for part in parts
-    ):
-        return first.as_strided((len(parts), size), (size, 1))
-    return torch.stack([part.reshape(-1) for part in parts])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from distmerge.methods.chunks import CHUNK
+from distmerge.methods.chunks import CHUNK, chunk
 
 Array = np.ndarray[Any, Any]
 
@@ -42,9 +42,16 @@ def _drawn(z: Any) -> Any:
 
 
 @_loop
-def keep_at_random(x: Array, stream: Any, first: int, keep: Any, out: Array) -> None:
+def keep_at_random(x: Any, stream: Any, first: int, keep: Any, out: Array) -> None:
     """`x` where the uniform number of its position is below `keep`, zero elsewhere."""
-    begin = np.uint64(first) + np.uint64(1)
+    scratch = np.empty(CHUNK, np.float32)
+    for start in range(0, out.size, CHUNK):
+        begin = np.uint64(first) + np.uint64(start) + np.uint64(1)
+        _keep_below(chunk(x, start, scratch), stream, begin, keep, out[start : start + CHUNK])
+
+
+@_loop
+def _keep_below(x: Array, stream: Any, begin: Any, keep: Any, out: Array) -> None:
     for i in range(x.size):
         drawn = _drawn(stream + (begin + np.uint64(i)) * _GOLDEN)
         out[i] = x[i] * (np.float32(1.0) if drawn < keep else np.float32(0.0))

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distmerge.methods.difference import Operand, computed
 from distmerge.methods.fusion import flat, fused_for
-from distmerge.methods.operands import bits, raw_loops
+from distmerge.methods.operands import bits, elements, raw_loops
 
 Scope = Literal["tensor", "model"]
 
@@ -125,6 +126,32 @@ def dots(xs: Sequence[Tensor], *, over: Scope = "tensor") -> Sums:
 def total(x: Tensor, *, over: Scope = "tensor") -> Sums:
     """The sum of all elements, a float."""
     return Sums(((x, None),), (), over)
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """The sum of all magnitudes, a float: the L1 norm."""
+
+    x: Operand
+    over: Scope = "tensor"
+    exact: bool = False
+
+    def partial(self, state: Any) -> float:
+        fused = fused_for(self.x)
+        if fused is not None:
+            value = float(fused.total_magnitude(elements(self.x)))
+            if math.isfinite(value):
+                return value
+        return _float64_sum(_finite(computed(self.x).abs()), None)
+
+    def merge(self, a: float, b: float) -> float:
+        return a + b
+
+    def finish(self, total: float, state: Any) -> float:
+        return total
+
+    def bare(self) -> Norm:
+        return replace(self, x=torch.empty(0))
 
 
 @dataclass(frozen=True, slots=True)

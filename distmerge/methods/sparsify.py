@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from distmerge.errors import ParameterError
+from distmerge.methods.difference import Operand, computed
 from distmerge.methods.fusion import flat, fused_for
+from distmerge.methods.operands import elements
 from distmerge.methods.random import Draw
-from distmerge.methods.reductions import total
+from distmerge.methods.reductions import Norm
 
 Rescale = bool | Literal["l1", "density"]
 """Whether the L1 norm is restored after sparsifying, or the kept share divided out."""
@@ -23,16 +25,17 @@ Rescale = bool | Literal["l1", "density"]
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-def keep_at_random(delta: Tensor, keep: float, rng: Draw, model: int) -> Tensor:
+def keep_at_random(delta: Operand, keep: float, rng: Draw, model: int) -> Operand:
     """Each entry with probability `keep`, else zero."""
     if keep >= 1.0:
         return delta
     fused = fused_for(delta)
     if fused is None:
-        return delta * (rng.uniform(delta, model) < keep)
-    out = torch.empty_like(delta)
+        whole = computed(delta)
+        return whole * (rng.uniform(whole, model) < keep)
+    out = torch.empty(delta.shape)
     stream = np.uint64(rng.stream(model))
-    fused.keep_at_random(flat(delta), stream, rng.start, np.float32(keep), flat(out))
+    fused.keep_at_random(elements(delta), stream, rng.start, np.float32(keep), flat(out))
     return out
 
 
@@ -88,18 +91,20 @@ def keep_by_rank(delta: Tensor, keep: float, spread: float, rng: Draw, model: in
 
 
 def rescaled(
-    deltas: Sequence[Tensor], kept: list[Tensor], rescale: Rescale, density: Sequence[float]
-) -> Generator[Any, Any, list[Tensor]]:
-    """What sparsifying left, with each tensor's L1 norm restored, or divided by the kept share."""
+    deltas: Sequence[Operand], kept: Sequence[Operand], rescale: Rescale, density: Sequence[float]
+) -> Generator[Any, Any, tuple[Sequence[Operand], list[float]]]:
+    """What sparsifying left, and what each has still to be multiplied with to have the L1 norm it
+    had before; or divided by the kept share."""
+    ones = [1.0] * len(kept)
     if rescale == "density":
-        return [k if d in (0.0, 1.0) else k / d for k, d in zip(kept, density, strict=True)]
+        pairs = zip(kept, density, strict=True)
+        return [k if d in (0.0, 1.0) else computed(k) / d for k, d in pairs], ones
     if not rescale:
-        return kept
-    sums = yield [total(x.abs()) for pair in zip(deltas, kept, strict=True) for x in pair]
-    pairs = zip(kept, sums[::2], sums[1::2], strict=True)
-    return [_matched(k, before, after) for k, before, after in pairs]
+        return kept, ones
+    norms = yield [Norm(x) for pair in zip(deltas, kept, strict=True) for x in pair]
+    return kept, list(map(_ratio, norms[::2], norms[1::2]))
 
 
-def _matched(kept: Tensor, before: float, after: float) -> Tensor:
-    """`kept` with the L1 norm that it had before sparsifying, unless either is next to zero."""
-    return kept if before < 1e-7 or after < 1e-7 else kept * (before / after)
+def _ratio(before: float, after: float) -> float:
+    """Of the norms, unless either is next to zero."""
+    return 1.0 if before < 1e-7 or after < 1e-7 else before / after

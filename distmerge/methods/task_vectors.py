@@ -61,10 +61,10 @@ def _trimmed(
     deltas = task_vectors(models, base) if not rescale else differences(models, base)
     cuts = yield [ask(delta, model) for model, delta in enumerate(deltas)]
     if not rescale:
-        return consensus.merge(base, deltas, cuts)
+        return consensus.merge(base, deltas, cuts=cuts)
     whole = [computed(delta) for delta in deltas]
     kept = [trim(delta, cut) for delta, cut in zip(whole, cuts, strict=True)]
-    return consensus.merge(base, (yield from rescaled(whole, kept, rescale, density)))
+    return consensus.merge(base, *(yield from rescaled(whole, kept, rescale, density)))
 
 
 def _ties(
@@ -158,10 +158,10 @@ def _dropped(
     rng: Draw,
     rescale: Rescale,
 ) -> Answers:
-    deltas = differences(models, base)
+    deltas = task_vectors(models, base)
     pairs = enumerate(zip(deltas, density, strict=True))
     kept = [keep_at_random(delta, keep, rng, model) for model, (delta, keep) in pairs]
-    return consensus.merge(base, (yield from rescaled(deltas, kept, rescale, density)))
+    return consensus.merge(base, *(yield from rescaled(deltas, kept, rescale, density)))
 
 
 def _dare_linear(
