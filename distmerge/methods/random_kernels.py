@@ -15,6 +15,9 @@ from distmerge.methods.chunks import CHUNK, chunk
 
 Array = np.ndarray[Any, Any]
 
+MANY = CHUNK // 8
+"""Equals in a chunk from which a number is drawn for every element: to look for them takes as long
+with this many, and four times as long with three tenths."""
 CELLS = 1024
 """Cells that a row's magnitudes are counted in."""
 CELL_SHIFT = 16
@@ -76,6 +79,7 @@ def keep_between(x: Array, bounds: Array, stream: Any, first: int, out: Array) -
     draws_low, draws_high = low_share > zero, high_share > zero
     marks = np.empty(CHUNK, np.uint8)
     words = marks.view(np.uint64)  # eight marks at a time: most have none
+    drawn_all = np.empty(CHUNK, np.float32)
     for start in range(0, x.size, CHUNK):
         part, kept = x[start : start + CHUNK], out[start : start + CHUNK]
         for i in range(part.size):
@@ -85,9 +89,16 @@ def keep_between(x: Array, bounds: Array, stream: Any, first: int, out: Array) -
             kept[i] = beyond if magnitude > high else below
         if not (draws_low or draws_high):
             continue
+        equals = np.int32(0)
         for i in range(part.size):
             magnitude = abs(part[i])
-            marks[i] = np.uint8((magnitude == low) | (magnitude == high))
+            mark = np.uint8((magnitude == low) | (magnitude == high))
+            marks[i] = mark
+            equals = np.int32(equals + np.int32(mark))
+        if equals > MANY:
+            _draw(stream, begin + np.uint64(start), drawn_all[: part.size])
+            _keep_drawn(part, bounds, drawn_all, kept)
+            continue
         marks[part.size :] = np.uint8(0)
         for w in range(words.size):
             if words[w]:
@@ -98,6 +109,27 @@ def keep_between(x: Array, bounds: Array, stream: Any, first: int, out: Array) -
                         keeps = magnitude > low or drawn < low_share
                         drops = magnitude > high or (magnitude == high and drawn < high_share)
                         kept[i] = part[i] if keeps and not drops else zero
+
+
+@_loop
+def _draw(stream: Any, begin: Any, out: Array) -> None:
+    """The uniform numbers of the positions from `begin` on."""
+    for i in range(out.size):
+        out[i] = _drawn(stream + (begin + np.uint64(i)) * _GOLDEN)
+
+
+@_loop
+def _keep_drawn(x: Array, bounds: Array, drawn: Array, out: Array) -> None:
+    """As `keep_between`, with a number drawn for every element: where many are equals, that is
+    faster than to look for them."""
+    low, low_share, high, high_share = bounds[0], bounds[1], bounds[2], bounds[3]
+    for i in range(x.size):
+        magnitude = abs(x[i])
+        keeps = (magnitude > low) | ((magnitude == low) & (drawn[i] < low_share))
+        drops = (magnitude > high) | ((magnitude == high) & (drawn[i] < high_share))
+        beyond = x[i] - x[i]  # not a number, unless finite
+        kept = x[i] if keeps else beyond
+        out[i] = beyond if drops else kept
 
 
 @_loop

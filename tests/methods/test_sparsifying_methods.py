@@ -13,7 +13,7 @@ from methods.trees import apply, merge, merged, plain_loops, programs
 
 from distmerge.errors import ParameterError
 from distmerge.methods.bands import BandCut, band, keep_band, trim
-from distmerge.methods.cutoff import cutoff, keep_above
+from distmerge.methods.cutoff import Cut, cutoff, keep_above
 from distmerge.methods.random import Draw
 from distmerge.methods.reductions import Again, mean_square
 from distmerge.methods.sce import spread
@@ -415,3 +415,23 @@ def test_programs_of_della_say_what_is_wrong_with_the_chances():
     program = programs(node)["w"]
     with pytest.raises(ParameterError, match="chances outside"):
         program.steps[-1].sees((4, 4))
+
+
+@pytest.mark.parametrize("levels", [3, 9, 40, 4000], ids=lambda n: f"{n} magnitudes")
+@pytest.mark.parametrize("shares", [(0.4, 0.0), (0.0, 0.7), (0.3, 0.6), (0.0, 0.0)], ids=str)
+def test_equals_at_a_cut_are_drawn_alike_however_many_there_are(levels, shares):
+    """Where they are many the loops draw a number for every element, else only for these."""
+    drawn = torch.randint(-levels, levels + 1, (5_003,), generator=torch.Generator().manual_seed(0))
+    x = drawn.float() / 8
+    x[7], x[1500], x[3001] = math.inf, math.nan, -0.0
+    draw = Draw(5, (0, "w"), 11)
+    low, high = Cut(levels // 3 / 8, shares[0], draw), Cut((levels - 1) / 8, shares[1], draw)
+    for cut in (low, BandCut(low, high)):
+        fused = trim(x, cut)
+        with plain_loops():
+            plain = trim(x, cut)
+        assert torch.equal(fused.nan_to_num(7e7, 8e8), plain.nan_to_num(7e7, 8e8))
+        above = x.abs() > low.value
+        picked = (x.abs() == low.value) & (draw.uniform(x) < low.share)
+        within = x.abs() < high.value  # where the band's upper edge is far
+        assert torch.equal(fused[within], torch.where(above | picked, x, 0.0)[within])
