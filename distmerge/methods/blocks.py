@@ -17,19 +17,20 @@ BLOCK_ELEMENTS = 1 << 18
 """Elements of a full block: 1 MiB in float32, so that a handful of operands stays in a core's
 L2 cache while a method's operations pass over them one by one."""
 WIDEST_BLOCK = 4 * BLOCK_ELEMENTS
-FEWEST_WIDE = 8
-"""Wide blocks that a tensor has at least, so that threads get equal shares."""
+FEWEST_WIDE = 4
+"""Wide blocks that a tensor has at least for each thread, so that all get equal shares."""
 
 Granularity = Literal["whole", "rows", "elements"]
 """What a method must see at once: the whole tensor, whole rows (a row is the last dimension; a
 one-dimensional tensor is one row), or any run of elements."""
 
 
-def wide_block(elements: int) -> int:
+def wide_block(elements: int, threads: int) -> int:
     """Elements of a block of a tensor for methods that are seamless: they give the same bits
     however wide a block is. Their loops keep to the cache by themselves, and each call from Python
-    costs 0.5 to 1 ms."""
-    return max(BLOCK_ELEMENTS, min(WIDEST_BLOCK, elements // FEWEST_WIDE))
+    costs 0.5 to 1 ms. Many threads want narrow ones, to find enough in what is read together."""
+    widest = min(WIDEST_BLOCK, 4 * WIDEST_BLOCK // threads)
+    return max(BLOCK_ELEMENTS, min(widest, elements // (FEWEST_WIDE * threads)))
 
 
 @dataclass(frozen=True, slots=True)

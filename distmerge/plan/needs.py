@@ -21,20 +21,20 @@ from distmerge.plan.memory import (
     useful_arena,
     with_views,
 )
-from distmerge.plan.work import KeyTask, WorkUnit, narrowed
+from distmerge.plan.work import KeyTask, WorkUnit, widened
 
 
 def with_memory(
     units: Sequence[WorkUnit], budget: Mapping[str, int]
 ) -> tuple[list[WorkUnit], MemoryPlan]:
-    """Share out the memory. Where wide blocks would take it from the inputs, they are narrow."""
-    need = _need_of_units(units)
+    """Share out the memory. Blocks are wide where that takes none from the inputs."""
+    wide = [widened(unit, budget["threads"]) for unit in units]
+    need = _need_of_units(wide)
     with contextlib.suppress(MemoryBudgetError):
         memory = plan_memory(need, **budget)
         if memory.arena >= useful_arena(need, budget["group"]):
-            return list(units), memory
-    narrow = [narrowed(unit) for unit in units]
-    return narrow, plan_memory(_need_of_units(narrow), **budget)
+            return wide, memory
+    return list(units), plan_memory(_need_of_units(units), **budget)
 
 
 def _need_of_units(units: Iterable[WorkUnit]) -> Need:

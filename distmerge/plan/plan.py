@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +16,6 @@ from distmerge.expressions.compiler import Compiler
 from distmerge.expressions.nodes import Leaf
 from distmerge.expressions.program import Program, Same
 from distmerge.expressions.request import MergeRequest
-from distmerge.methods.blocks import BLOCK_ELEMENTS, wide_block
 from distmerge.plan import describe
 from distmerge.plan.coverage import account
 from distmerge.plan.digest import digest_of, kernel_class
@@ -197,7 +195,6 @@ def _output(
         offset=0,
         inputs=given,
         base=donor if len(leaves) > 1 else None,
-        block=wide_block(math.prod(shape)) if program.seamless else BLOCK_ELEMENTS,
     )
 
 

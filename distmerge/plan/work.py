@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,7 @@ from distmerge.checkpoints.tensors import FileInfo, TensorInfo
 from distmerge.checkpoints.views import View, stored_bytes
 from distmerge.expressions.alignment import spec_of
 from distmerge.expressions.program import Program
-from distmerge.methods.blocks import BLOCK_ELEMENTS, Grid
+from distmerge.methods.blocks import BLOCK_ELEMENTS, Grid, wide_block
 
 Origin = tuple[int, int]
 """A leaf, and which of its checkpoints: 0 is its own, further ones are those that views read."""
@@ -56,6 +57,18 @@ class KeyTask:
     def item_size(self) -> int:
         """Bytes of an element in the arithmetic."""
         return 8 if any(spec_of(given)[0] == "F64" for given in self.inputs.values()) else 4
+
+
+def widened(unit: WorkUnit, threads: int) -> WorkUnit:
+    """The unit with wide blocks, for so many threads, where the bits don't change."""
+    return replace(unit, tasks=tuple(_widened(task, threads) for task in unit.tasks))
+
+
+def _widened(task: KeyTask, threads: int) -> KeyTask:
+    block = wide_block(math.prod(task.shape), threads)
+    if block == task.block or not task.program.seamless:
+        return task
+    return replace(task, block=block)
 
 
 def narrowed(unit: WorkUnit) -> WorkUnit:

@@ -94,6 +94,37 @@ ROUNDING = frozenset({"F16", "BF16"})
 """Output dtypes that can lose what float32 arithmetic found."""
 
 
+class OpenWindows:
+    """The writer's windows while threads fill them: one begins the next while another is still at
+    this one, and each is written once it is full, in order."""
+
+    def __init__(self, writer: ShardWriter, blocks: list[int], sizes: Sequence[int]) -> None:
+        """blocks, sizes: of each window, how many blocks are still to come, and bytes."""
+        self._writer = writer
+        self._left = blocks
+        self._sizes = sizes
+        self._windows: list[Tensor] = []
+        self._written = 0
+        self._opening, self._counting = threading.Lock(), threading.Lock()
+
+    def open(self, number: int) -> Tensor:
+        """A window to fill. The first to ask for it waits until there is one, and who asks for a
+        later one waits behind."""
+        if number >= len(self._windows):
+            with self._opening:
+                while number >= len(self._windows):
+                    self._windows.append(self._writer.buffer())
+        return self._windows[number]
+
+    def filled(self, number: int) -> None:
+        """One more of its blocks is there."""
+        with self._counting:
+            self._left[number] -= 1
+            while self._written < len(self._windows) and not self._left[self._written]:
+                self._writer.write(self._windows[self._written], self._sizes[self._written])
+                self._written += 1
+
+
 class BlockWriter:
     """Fills the writer's windows with blocks, side by side, in file order."""
 
@@ -152,19 +183,18 @@ class BlockWriter:
         return len(data)
 
     def _write_blocks(self, items: Sequence[Item], produce: Produce, base: BaseBlock) -> int:
-        written = 0
-        for batch in self.batches(items):
-            window = self._writer.buffer()
+        batches = list(self.batches(items))
+        sizes = [batch[-1][1] + self.nbytes(batch[-1][0]) for batch in batches]
+        windows = OpenWindows(self._writer, list(map(len, batches)), sizes)
 
-            def fill(placed: tuple[Item, int], window: Tensor = window) -> None:
-                (task, block), offset = placed
-                self.fill(window, offset, task, produce(task, block), base(task, block))
+        def fill(placed: tuple[int, tuple[Item, int]]) -> None:
+            number, ((task, block), offset) = placed
+            value, before = produce(task, block), base(task, block)
+            self.fill(windows.open(number), offset, task, value, before)
+            windows.filled(number)
 
-            self._pool.map(fill, batch)
-            nbytes = batch[-1][1] + self.nbytes(batch[-1][0])
-            self._writer.write(window, nbytes)
-            written += nbytes
-        return written
+        self._pool.map(fill, [(n, one) for n, batch in enumerate(batches) for one in batch])
+        return sum(sizes)
 
     def batches(self, items: Sequence[Item]) -> Iterator[list[tuple[Item, int]]]:
         """Runs of blocks that fill a window, each with its offset in it."""

@@ -89,8 +89,9 @@ def test_the_width_of_blocks_makes_no_difference(case, dtype, shape, widths, pla
     assert torch.equal(first.view(torch.int32), second.view(torch.int32))
 
 
-@given(st.integers(0, 2**40))
-def test_blocks_are_as_wide_as_leaves_each_thread_a_share(elements):
-    width = wide_block(elements)
+@given(st.integers(0, 2**40), st.integers(1, 200))
+def test_blocks_are_as_wide_as_leaves_each_thread_a_share(elements, threads):
+    width = wide_block(elements, threads)
     assert BLOCK_ELEMENTS <= width <= WIDEST_BLOCK
-    assert width == BLOCK_ELEMENTS or elements // width >= 8
+    assert width == BLOCK_ELEMENTS or elements // width >= 4 * threads
+    assert width == BLOCK_ELEMENTS or threads * width <= 16 * 2**20
