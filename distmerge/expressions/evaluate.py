@@ -30,12 +30,12 @@ from distmerge.methods.sharing import is_plain, once
 
 __all__ = ["Answered", "Evaluation", "Place"]
 
+PEEKED = 64
+"""Elements that show whether a method asks."""
 SAMPLE_FROM = 1 << 20
 """Elements from which looking at a sample first saves more than it costs."""
 SAMPLED = 16
 """One in so many elements is looked at."""
-PEEKED = 64
-"""Elements that show whether a method asks."""
 APART = 4
 """They are taken from one in so many blocks, at least from so many: each call has its costs."""
 

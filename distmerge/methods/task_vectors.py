@@ -23,7 +23,7 @@ from distmerge.methods.cutoff import cutoff
 from distmerge.methods.difference import Operand, computed
 from distmerge.methods.linear import Answers
 from distmerge.methods.method import MergeMethod, PerModel
-from distmerge.methods.operands import differences, task_vectors
+from distmerge.methods.operands import task_vectors
 from distmerge.methods.random import Draw
 from distmerge.methods.reductions import Question, Scope
 from distmerge.methods.signature import describe
@@ -58,7 +58,7 @@ def _trimmed(
     density: Sequence[float],
 ) -> Answers:
     """Merge what is left of task vectors trimmed by their magnitudes: `ask` for the cut of each."""
-    deltas = task_vectors(models, base) if not rescale else differences(models, base)
+    deltas = task_vectors(models, base)
     cuts = yield [ask(delta, model) for model, delta in enumerate(deltas)]
     if not rescale:
         return consensus.merge(base, deltas, cuts=cuts)

@@ -74,7 +74,7 @@ CASES = [
     Case("model_stock", 5, sums=True),
     Case("model_stock", 3, parameters={"over": "model"}, sums=True),
     Case("task_arithmetic", 5, parameters={"weight": FIVE, "lambda": 0.8}),
-    Case("task_arithmetic", 3, parameters={"weight": [0.4, 0.3, 0.3], "normalize": True}),
+    Case("task_arithmetic", 3, parameters={"weight": [0.4, 0.3, 0.5], "normalize": True}),
     Case("ties", 5, parameters={"weight": FIVE, "density": [0.2, 0.5, 1.0, 0.05, 0.4]}),
     Case(
         "ties",
