@@ -40,6 +40,9 @@ GROUP = 16 * MiB
 """Raw bytes that are read together: long enough for long requests, small enough to overlap."""
 FAR_GROUP = 64 * MiB
 """The same where an input is behind a network: each group waits once for an answer to come."""
+NEAR_ARENA = 1024 * MiB
+"""A key that would need more of the arena to stay resident is streamed from a disk, and read again
+in each round: the page cache has most of it. From behind a network it stays, if there is room."""
 
 CODING = 1 << 21
 """Values that are coded together."""
@@ -220,7 +223,10 @@ def plan_memory(
 
 def useful_arena(need: Need, group: int) -> int:
     """Bytes of inputs beyond which more doesn't help."""
-    return max(4 * group, need.largest * 5 // 2 + MiB, _least_arena(need))
+    resident = need.largest * 5 // 2 + MiB
+    if group < FAR_GROUP:
+        resident = min(resident, NEAR_ARENA)
+    return max(4 * group, resident, _least_arena(need))
 
 
 def _least_arena(need: Need) -> int:

@@ -112,6 +112,16 @@ def test_memory_beyond_use_is_left_alone():
     assert plan_memory(need, allowed=64 * GiB, threads=2, reserved=0).arena == 251 * MiB
 
 
+def test_a_large_key_stays_resident_where_reading_it_again_is_dear():
+    """On a disk it is streamed: three embeddings of a 7 B in bfloat16 wanted 2 GB."""
+    need = Need(10 * MiB, 0, 0, 750 * MiB, 3 * MiB)
+    assert plan_memory(need, allowed=64 * GiB, threads=2, reserved=0).arena == GiB
+    far = plan_memory(need, allowed=64 * GiB, threads=2, reserved=0, group=FAR_GROUP)
+    assert far.arena == 1876 * MiB
+    whole = Need(10 * MiB, 0, 800 * MiB, 750 * MiB, 3 * MiB)
+    assert plan_memory(whole, allowed=64 * GiB, threads=2, reserved=0).arena == 1602 * MiB
+
+
 def test_far_inputs_are_read_in_longer_groups_where_there_is_room():
     need = Need(10 * MiB, 0, 0, 0, MiB)
     far = plan_memory(need, allowed=64 * GiB, threads=2, reserved=0, group=FAR_GROUP)
