@@ -105,16 +105,26 @@ class OpenWindows:
         self._sizes = sizes
         self._windows: list[Tensor] = []
         self._written = 0
+        self._broken = False
         self._opening, self._counting = threading.Lock(), threading.Lock()
 
-    def open(self, number: int) -> Tensor:
+    def open(self, number: int) -> Tensor | None:
         """A window to fill. The first to ask for it waits until there is one, and who asks for a
-        later one waits behind."""
+        later one waits behind. None if a block has failed: nobody will want the rest."""
         if number >= len(self._windows):
             with self._opening:
                 while number >= len(self._windows):
+                    if self._broken:
+                        return None
                     self._windows.append(self._writer.buffer())
         return self._windows[number]
+
+    def break_off(self) -> None:
+        """A block has failed, so its window won't be full: let go of whoever waits for room."""
+        self._broken = True
+        with self._counting:
+            for window in self._windows[self._written :]:
+                self._writer.write(window, 0)
 
     def filled(self, number: int) -> None:
         """One more of its blocks is there."""
@@ -189,9 +199,14 @@ class BlockWriter:
 
         def fill(placed: tuple[int, tuple[Item, int]]) -> None:
             number, ((task, block), offset) = placed
-            value, before = produce(task, block), base(task, block)
-            self.fill(windows.open(number), offset, task, value, before)
-            windows.filled(number)
+            try:
+                value, before = produce(task, block), base(task, block)
+                if (window := windows.open(number)) is not None:
+                    self.fill(window, offset, task, value, before)
+                    windows.filled(number)
+            except BaseException:
+                windows.break_off()
+                raise
 
         self._pool.map(fill, [(n, one) for n, batch in enumerate(batches) for one in batch])
         return sum(sizes)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import queue
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +15,9 @@ from run.family import MODELS, SHARD, make_model, same_tensors, tensors_at, weig
 from run.reference import as_arrays, as_tensors
 
 import distmerge
+from distmerge.expressions.compute_pool import ComputePool
 from distmerge.expressions.lazy import as_lazy
+from distmerge.run.results import OpenWindows
 
 WEIGHTS = [1.0, 0.5, 2.0, 0.25]
 """Powers of two: products with the family's values are exact."""
@@ -145,3 +150,30 @@ def test_arcee_fusion_writes_the_dtype_that_is_asked_for(family, tmp_path, dtype
     distmerge.merge(recipe, str(tmp_path / "out"))
     found = {t.dtype for t in tensors_at(tmp_path / "out").values() if t.is_floating_point()}
     assert found == {getattr(torch, dtype)}
+
+
+@pytest.mark.timeout(30)
+def test_a_block_that_fails_leaves_nobody_waiting_for_a_window() -> None:
+    """Others have gone as far ahead as there are windows, and the first one won't be full."""
+    free: queue.Queue[torch.Tensor] = queue.Queue()
+    for _ in range(3):
+        free.put(torch.empty(4))
+    writer = SimpleNamespace(buffer=free.get, write=lambda window, nbytes: free.put(window))
+    windows = OpenWindows(writer, [2] * 20, [8] * 20)  # type: ignore[arg-type]
+
+    def fill(block: int) -> None:
+        try:
+            found = windows.open(block // 2)
+            if block == 0:
+                time.sleep(0.3)
+                raise ValueError("the first")
+            if found is not None:
+                windows.filled(block // 2)
+        except BaseException:
+            windows.break_off()
+            raise
+
+    pool = ComputePool(8)
+    with pytest.raises(ValueError, match="the first"):
+        pool.map(fill, range(40))
+    pool.close()
