@@ -144,9 +144,12 @@ class Evaluation:
 
     def sample(self, index: int, read: ReadBlock) -> None:
         """Let the first questions look at a part of block `index`, one of `sampled`."""
+        self._run(SAMPLE, self.sample_span(index), read)
+
+    def sample_span(self, index: int) -> Span:
+        """That part."""
         start, stop = self.grid.span(index)
-        part = max(1, (stop - start) * self.sampled.step // SAMPLED)
-        self._run(SAMPLE, (start, start + part), read)
+        return start, start + max(1, (stop - start) * self.sampled.step // SAMPLED)
 
     def use_sample(self) -> None:
         """Begin with what the sample said."""

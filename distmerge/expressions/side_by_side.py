@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distmerge.errors import DistmergeError
 from distmerge.expressions.evaluate import Evaluation
-from distmerge.expressions.rounds import Begun, ReadBlock
+from distmerge.expressions.rounds import Begun, ReadBlock, Span
 from distmerge.methods.blocks import Grid
 from distmerge.methods.sharing import shared
 
@@ -50,6 +50,10 @@ class SideBySide:
     def sampled(self) -> range:
         """See `Evaluation.sampled`: the same for all that have some."""
         return next((m.sampled for m in self.members if m.sampled), range(0))
+
+    def sample_span(self, index: int) -> Span:
+        """See `Evaluation.sample_span`: the same for all that have some."""
+        return next(m.sample_span(index) for m in self.members if m.sampled)
 
     def sample(self, index: int, read: ReadBlock) -> None:
         """See `Evaluation.sample`."""

@@ -7,9 +7,9 @@ wait for. numba compiles a loop anew for each kind of operand, so one source ser
 
     float32 array           as it lies
     uint16 array            bfloat16
-    (uint16, uint16)        the difference of two bfloat16 arrays
-    (addresses, uint16)     rows: bfloat16 arrays at these addresses, each minus the second
-    (addresses, float32)    rows: float32 arrays as long as the second, one of them
+    (x, base)               the difference of two arrays
+    (addresses, x)          rows: float32 arrays at these addresses, as long as `x`, one of them
+    (addresses, x, base)    rows: such arrays, or bfloat16 ones, each minus the third
 """
 
 from __future__ import annotations
@@ -42,11 +42,27 @@ def widen(bits: Array, out: Array) -> None:
         out[i] = wide(bits[i])
 
 
+def value(x: Any) -> Any:
+    """The float32 that an element stands for."""
+    raise NotImplementedError  # numba compiles `_value` in its place
+
+
+@overload(value)
+def _value(x: Any) -> Any:
+    def widened(x: Any) -> Any:
+        return wide(x)
+
+    def own(x: Any) -> Any:
+        return x
+
+    return widened if x == types.uint16 else own
+
+
 @_loop
-def difference(bits: Array, base: Array, out: Array) -> None:
-    """`bits` minus `base`, in float32."""
+def difference(x: Array, base: Array, out: Array) -> None:
+    """`x` minus `base`, each float32 or bfloat16, in float32."""
     for i in range(out.size):
-        out[i] = wide(bits[i]) - wide(base[i])
+        out[i] = value(x[i]) - value(base[i])
 
 
 def _as_pointer(typing: Any, address: Any) -> Any:
@@ -120,9 +136,9 @@ def row_chunk(rows: Any, row: int, start: int, scratch: Array) -> Array:
 def _row_chunk(rows: Any, row: Any, start: Any, scratch: Any) -> Any:
     def subtracted(rows: Any, row: Any, start: Any, scratch: Any) -> Any:
         model = array_at(rows[0][row], rows[1].size, rows[1])
-        return chunk((model, rows[1]), start, scratch)
+        return chunk((model, rows[2]), start, scratch)
 
     def as_it_lies(rows: Any, row: Any, start: Any, scratch: Any) -> Any:
         return array_at(rows[0][row], rows[1].size, rows[1])[start : start + scratch.size]
 
-    return subtracted if rows[1].dtype == types.uint16 else as_it_lies
+    return subtracted if len(rows) == 3 else as_it_lies

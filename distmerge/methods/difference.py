@@ -10,8 +10,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Difference:
-    """Model minus base, not computed yet. Both are bfloat16 in main memory, of one shape; the loops
-    subtract in float32 what they have in the cache anyway."""
+    """Model minus base, not computed yet. Both are float32, or both bfloat16, in main memory and of
+    one shape; the loops subtract in float32 what they have in the cache anyway."""
 
     model: Tensor
     base: Tensor

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from distmerge.methods.difference import Difference, Operand, computed
-from distmerge.methods.fusion import flat, fused_loops
-from distmerge.methods.sharing import once
+from distmerge.methods.fusion import flat, fused_for, fused_loops
+from distmerge.methods.sharing import is_shared, once
 
 Bits = np.ndarray[Any, Any]
 
@@ -69,7 +69,7 @@ def _differences(models: Sequence[Tensor], base: Tensor) -> list[Tensor]:
 
 def task_vectors(models: Sequence[Tensor], base: Tensor) -> Sequence[Operand]:
     """`differences`, left to the loops that use them where these can read the operands."""
-    if raw_loops(base, *models) is None:
+    if raw_loops(base, *models) is None and (fused_for(base, *models) is None or is_shared()):
         return differences(models, base)
     return [Difference(model, base) for model in models]
 
@@ -77,7 +77,11 @@ def task_vectors(models: Sequence[Tensor], base: Tensor) -> Sequence[Operand]:
 def elements(x: Operand) -> Any:
     """What a loop takes as an operand: see `distmerge.methods.chunks`."""
     if isinstance(x, Difference):
-        return bits(x.model), bits(x.base)
+        return _as_it_lies(x.model), _as_it_lies(x.base)
+    return _as_it_lies(x)
+
+
+def _as_it_lies(x: Tensor) -> Bits:
     return bits(x) if x.dtype == torch.bfloat16 else flat(x)
 
 
@@ -88,8 +92,8 @@ def rows(xs: Sequence[Operand]) -> tuple[Any, list[Bits]]:
     if isinstance(first, Difference) and all(
         isinstance(x, Difference) and x.base is first.base for x in xs
     ):
-        held = [bits(x.model) for x in xs if isinstance(x, Difference)]
-        return (addresses(held), bits(first.base)), held
+        held = [_as_it_lies(x.model) for x in xs if isinstance(x, Difference)]
+        return (addresses(held), held[0], _as_it_lies(first.base)), held
     flats = [flat(computed(x)) for x in xs]
     return (addresses(flats), flats[0]), flats
 

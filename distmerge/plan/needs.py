@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import heapq
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from distmerge.errors import MemoryBudgetError
 from distmerge.expressions.program import Scales
 from distmerge.plan.eight_bit import CODES
 from distmerge.plan.memory import (
+    FAR_GROUP,
     MemoryPlan,
     Need,
     coding_bytes,
@@ -23,22 +25,42 @@ from distmerge.plan.memory import (
 )
 from distmerge.plan.work import KeyTask, WorkUnit, widened
 
+REUSED = 8
+"""Keys that use the memory which is touched for the largest of them."""
+
 
 def with_memory(
     units: Sequence[WorkUnit], budget: Mapping[str, int]
 ) -> tuple[list[WorkUnit], MemoryPlan]:
     """Share out the memory. Blocks are wide where that takes none from the inputs."""
     wide = [widened(unit, budget["threads"]) for unit in units]
-    need = _need_of_units(wide)
+    need = _need_of_units(wide, budget["group"])
     with contextlib.suppress(MemoryBudgetError):
         memory = plan_memory(need, **budget)
         if memory.arena >= useful_arena(need, budget["group"]):
             return wide, memory
-    return list(units), plan_memory(_need_of_units(units), **budget)
+    return list(units), plan_memory(_need_of_units(units, budget["group"]), **budget)
 
 
-def _need_of_units(units: Iterable[WorkUnit]) -> Need:
-    return largest_need_of(task for unit in units for task in unit.tasks)
+def _need_of_units(units: Iterable[WorkUnit], group: int) -> Need:
+    tasks = [task for unit in units for task in unit.tasks]
+    looks = list(map(_look, tasks))
+    needs = {look: _need(task) for look, task in dict(zip(looks, tasks, strict=True)).items()}
+    need = largest_need(needs.values())
+    if group >= FAR_GROUP:
+        return need
+    return replace(need, largest=worth_keeping(needs[look].largest for look in looks))
+
+
+def worth_keeping(sizes: Iterable[int]) -> int:
+    """Of the raw bytes of keys that are passed over more than once, the largest that `REUSED` of
+    them have; zero if there is none.
+
+    Memory that is touched for one or two keys, as large as embeddings are, costs more than reading
+    these again from the page cache.
+    """
+    largest = heapq.nlargest(REUSED, sizes)
+    return largest[-1] if len(largest) == REUSED else 0
 
 
 def largest_need_of(tasks: Iterable[KeyTask]) -> Need:

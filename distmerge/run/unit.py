@@ -141,6 +141,8 @@ class UnitRun:
         if window.streamed is None:
             for tasks in batches(self._side_by_side, window, self.context.gathered):
                 self._process_group(tasks, fetched)
+        elif window.part is not None:
+            self._sample(window, window.streamed.evaluation, fetched)
         elif not window.streamed.left:  # else it was read ahead of knowing
             self._process_stretch(window.tasks[0], window.blocks, window.streamed, fetched)
         self._check_finite()
@@ -178,6 +180,12 @@ class UnitRun:
 
         items = [(i, b) for i in tasks for b in range(len(self.unit.tasks[i].grid))]
         self._write(items, produce, fetched)
+
+    def _sample(self, window: Window, evaluation: InRounds | None, fetched: Fetched) -> None:
+        assert evaluation is not None
+        evaluation.sample(window.blocks[0], self._reader(window.tasks[0], fetched))
+        if window.blocks[0] == evaluation.sampled[-1]:
+            evaluation.use_sample()
 
     def _process_stretch(self, i: int, blocks: range, streamed: Streamed, fetched: Fetched) -> None:
         """Some blocks of one key in one round; the round's first block tells whether it is the

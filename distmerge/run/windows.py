@@ -2,7 +2,8 @@
 
 Keys are taken in groups whose raw inputs fit into the arena side by side with the group before. A
 key too large for that is streamed: its blocks pass through in windows, once for every round of its
-evaluation. One that needs a single round is streamed as soon as it is larger than a group.
+evaluation, after the parts of some that are a sample. One that needs a single round is streamed as
+soon as it is larger than a group.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from distmerge.checkpoints.tensors import TensorInfo
 from distmerge.checkpoints.views import View, fixed_bytes, parts_of
 from distmerge.expressions.program import Call, Same, Scales
-from distmerge.expressions.rounds import InRounds
+from distmerge.expressions.rounds import InRounds, Span
 from distmerge.plan.memory import (
     ASKING,
     asked_bytes,
@@ -46,6 +47,8 @@ class Window:
     blocks: range = range(0)
     """Of the only task, if it is streamed."""
     streamed: Streamed | None = None
+    part: Span | None = None
+    """The elements of its block that are looked at before the rounds begin, if it is no more."""
 
 
 def windows(
@@ -97,6 +100,10 @@ def _rounds(
     per_block = -(-moving * min(grid.step, grid.elements) // grid.elements)
     step = max(1, min((most - fixed) // per_block, len(grid) // 2))
     streamed = Streamed(None if is_copied(task) else begin(task))
+    if streamed.evaluation is not None:
+        for block in streamed.evaluation.sampled:
+            part = streamed.evaluation.sample_span(block)
+            yield Window((i,), range(block, block + 1), streamed, part)
     while not streamed.last_round:
         for first in range(0, len(grid), step):
             if streamed.left:
@@ -111,7 +118,8 @@ def wanted(tasks: Sequence[KeyTask], window: Window) -> list[Wanted]:
         grid = tasks[i].grid
         span = (0, grid.elements)
         if window.streamed is not None:
-            span = (grid.span(window.blocks[0])[0], grid.span(window.blocks[-1])[1])
+            whole = (grid.span(window.blocks[0])[0], grid.span(window.blocks[-1])[1])
+            span = window.part or whole
         for leaf, given in tasks[i].inputs.items():
             if isinstance(given, TensorInfo):
                 found.append(Wanted(i, leaf, given, span))

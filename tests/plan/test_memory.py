@@ -27,6 +27,7 @@ from distmerge.plan.memory import (
     need_of,
     plan_memory,
 )
+from distmerge.plan.needs import worth_keeping
 from distmerge.plan.sizes import parse_size
 
 GiB = 1 << 30
@@ -228,3 +229,10 @@ def test_the_bare_process_is_measured_and_bounded():
     assert bare_process() == BARE_LIMIT
     del kept
     assert 50 * MiB < bare_process() <= BARE_LIMIT
+
+
+def test_a_disks_keys_stay_resident_where_there_are_several_as_large():
+    assert worth_keeping([]) == 0
+    assert worth_keeping([5] * 7) == 0
+    assert worth_keeping([5] * 8) == 5
+    assert worth_keeping([400, 400, *[70] * 5, 60, *[50] * 100, 0]) == 60

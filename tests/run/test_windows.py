@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from distmerge.checkpoints.tensors import TensorInfo
 from distmerge.errors import MemoryBudgetError
-from distmerge.expressions.evaluate import Evaluation
+from distmerge.expressions.evaluate import SAMPLE_FROM, Evaluation
 from distmerge.expressions.program import Call, Program, Read, Same
 from distmerge.methods.blocks import BLOCK_ELEMENTS, Grid
 from distmerge.methods.registry import find_method
@@ -76,6 +77,7 @@ def test_windows_hold_every_key_and_fit(shapes, leaves, gap, more, group):
     arena = plan_memory(need, allowed=allowed, threads=1, reserved=0, group=group).arena
     seen: list[int] = []
     rounds: dict[int, list[range]] = {}
+    sampled: dict[int, list[tuple[int, int]]] = {}
     pulled = windows(
         tasks, arena, lambda t: Evaluation(t.program, t.shape), group=group, only_ask=False
     )
@@ -89,12 +91,21 @@ def test_windows_hold_every_key_and_fit(shapes, leaves, gap, more, group):
             seen += window.tasks
         else:
             (i,) = window.tasks
+            if window.part is not None:
+                sampled.setdefault(i, []).append(window.part)
+                continue
+            assert i in sampled or Grid(tasks[i].shape).elements < SAMPLE_FROM
             rounds.setdefault(i, []).append(window.blocks)
             window.streamed.last_round = True
     for i, blocks in rounds.items():
         assert [b for piece in blocks for b in piece] == list(range(len(Grid(tasks[i].shape))))
         assert len(blocks) >= 2
         seen.append(i)
+        grid, parts = Grid(tasks[i].shape), sampled.get(i, [])
+        looked_at = sum(stop - start for start, stop in parts)
+        assert looked_at == 0 or 1 / 32 <= looked_at / grid.elements <= 1 / 8
+        assert all(0 <= start < stop <= grid.elements for start, stop in parts)
+        assert all(a[1] <= b[0] for a, b in pairwise(parts))
     assert sorted(seen) == list(range(len(tasks)))
 
 
@@ -110,7 +121,7 @@ def test_a_streamed_key_is_left_when_it_has_nothing_more_to_ask():
     pulled = windows(
         tasks, 4 * MiB, lambda t: Evaluation(t.program, t.shape), group=GROUP, only_ask=True
     )
-    first = next(pulled)
+    first = next(window for window in pulled if window.part is None)
     assert first.streamed is not None
     again = next(pulled)
     assert again.streamed is first.streamed
