@@ -10,17 +10,17 @@ questions another one asks as well follows that one, and takes over its answers.
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Hashable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
 from typing import Any
 
 from distmerge.errors import MethodError
+from distmerge.expressions.asked import Answered, Asked
 from distmerge.expressions.program import Call
 from distmerge.expressions.question_kinds import Said, said_by
 from distmerge.expressions.rounds import SAMPLE
 from distmerge.methods.random import Draw
-from distmerge.methods.reductions import Again, Question
+from distmerge.methods.reductions import Again, Question, in_pieces
 from distmerge.methods.sharing import is_shared, once
 
 Place = tuple[int, int, int]
@@ -30,64 +30,19 @@ UNKNOWN: Any = object()
 """A value that needs answers not known yet."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """A question's final answer, as opposed to a state to ask again in."""
-
-    answer: Any
-
-
-@dataclass
-class _Asked:
-    """The questions of one yield while they are open."""
-
-    ordinal: int
-    states: list[Any]
-    """Per question: None at first, then what `Again` said, `Answered` when done."""
-    samples: list[Question]
-    kinds: list[Hashable]
-    """Per question, all of it but its block: what every block has to ask alike."""
-    folded: list[Any]
-    """Per question, the fold of partials: as they come if they are exact in any order, else those
-    of the first blocks."""
-    blocks: int = 0
-    """How many blocks, in order, are folded."""
-    waiting: dict[int, list[Any]] = field(default_factory=dict)
-    """Partials of later blocks: all of them together could be as large as the tensor."""
-    begun: bool = False
-    """Has a block been looked at in this round?"""
-
-    def fold(self, index: int, partials: list[Any]) -> None:
-        """Add what a block has to say: None to questions that are answered."""
-        waits: list[Any] = [None] * len(partials)
-        for j, (question, partial) in enumerate(zip(self.samples, partials, strict=True)):
-            if question.exact and partial is not None:
-                self._add(j, partial)
-            else:
-                waits[j] = partial
-        self.waiting[index] = waits
-        while self.blocks in self.waiting:
-            for j, partial in enumerate(self.waiting.pop(self.blocks)):
-                if partial is not None:
-                    self._add(j, partial)
-            self.blocks += 1
-
-    def _add(self, j: int, partial: Any) -> None:
-        before = self.folded[j]
-        self.folded[j] = partial if before is None else self.samples[j].merge(before, partial)
-
-    def begin_again(self) -> None:
-        """Forget the partials, for another round."""
-        self.folded, self.blocks, self.begun = [None] * len(self.states), 0, False
-
-
 class Dialogue:
     """One method's questions about one key. `replay` may be called from several threads."""
 
     def __init__(
-        self, step: Call, key: str, seed: int, model_answers: Mapping[Place, Any], blocks: int
+        self,
+        step: Call,
+        key: str,
+        seed: int,
+        model_answers: Mapping[Place, Any],
+        blocks: int,
+        canonical: int,
     ) -> None:
-        """`blocks` is how many blocks a round passes over."""
+        """blocks: how many blocks a round passes over; canonical: elements of the narrow ones."""
         self.step = step
         self.model_partials: dict[Place, tuple[Question, Any]] = {}
         """This key's share in open questions about the whole model."""
@@ -95,9 +50,10 @@ class Dialogue:
         self._seed = seed
         self._model_answers = model_answers
         self._blocks = blocks
+        self._canonical = canonical
         self._lock = threading.Lock()
         self._answers: dict[int, list[Any]] = {}
-        self._asked: _Asked | None = None
+        self._asked: Asked | None = None
         self._sampled: dict[tuple[int, int], tuple[Question, Any]] = {}
         self._hints: dict[tuple[int, int], Any] = {}
         self._returned = False
@@ -170,18 +126,25 @@ class Dialogue:
             if self._asked is None:
                 states = [self._first_state(ordinal, j, q) for j, q in enumerate(questions)]
                 blank = [None] * len(questions)
-                self._asked = _Asked(ordinal, states, questions, kinds, blank)
+                self._asked = Asked(ordinal, states, questions, kinds, blank)
             asked = self._asked
         if self._returned or asked.ordinal != ordinal or asked.kinds != kinds:
             raise self._inconsistent()
         if self._led(asked, self._first_to_ask(ordinal, questions, said, asked.states)):
             return
         partials = [
-            None if isinstance(state, Answered) else question.partial(state)
+            None if isinstance(state, Answered) else self._partial(question, state)
             for question, state in zip(questions, asked.states, strict=True)
         ]
         with self._lock:
             asked.fold(index, partials)
+
+    def _partial(self, question: Question, state: Any) -> Any:
+        """What a block has to say: where the order of sums matters, canonical block by block,
+        however many of them this is."""
+        if question.exact:
+            return question.partial(state)
+        return [piece.partial(state) for piece in in_pieces(question, self._canonical)]
 
     def _first_to_ask(
         self,
@@ -199,7 +162,7 @@ class Dialogue:
         first = once(what, [x for one in said for x in one.tensors], lambda: self)
         return None if first is self else first
 
-    def _led(self, asked: _Asked, first: Dialogue | None) -> bool:
+    def _led(self, asked: Asked, first: Dialogue | None) -> bool:
         """Does this round's dialogue follow another? The first block says, the others agree."""
         with self._lock:
             if not asked.begun:
@@ -264,7 +227,7 @@ class Dialogue:
         each = zip(asked.samples, asked.states, strict=True)
         return any(q.over == "tensor" and not isinstance(s, Answered) for q, s in each)
 
-    def _finish_each(self, asked: _Asked) -> None:
+    def _finish_each(self, asked: Asked) -> None:
         for j, (sample, state) in enumerate(zip(asked.samples, asked.states, strict=True)):
             if isinstance(state, Answered):
                 continue
@@ -275,7 +238,7 @@ class Dialogue:
                 said = sample.finish(folded, state)
                 asked.states[j] = said.state if isinstance(said, Again) else Answered(said)
 
-    def _take_over(self, asked: _Asked, leader: Dialogue) -> None:
+    def _take_over(self, asked: Asked, leader: Dialogue) -> None:
         """What the leader, which has finished its round, was told."""
         said = leader._answers.get(asked.ordinal)
         if said is not None:

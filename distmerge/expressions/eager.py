@@ -10,9 +10,10 @@ from torch import Tensor
 
 from distmerge.errors import DtypeMismatch
 from distmerge.expressions.alignment import Inputs, align
+from distmerge.expressions.asked import Answered
 from distmerge.expressions.compiler import Compiler
 from distmerge.expressions.compute_pool import ComputePool, one_torch_thread, usable_cores
-from distmerge.expressions.evaluate import Answered, Evaluation, Place
+from distmerge.expressions.evaluate import Evaluation, Place
 from distmerge.expressions.model_questions import ModelQuestions
 from distmerge.expressions.nodes import Expression
 from distmerge.expressions.program import Program, Same

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distmerge.errors import DistmergeError, MethodError
-from distmerge.expressions.dialogue import UNKNOWN, Answered, Dialogue, Place
+from distmerge.expressions.dialogue import UNKNOWN, Dialogue, Place
 from distmerge.expressions.gathering import Gathering
 from distmerge.expressions.program import Call, Compute, Program, Read, operands, raw_reads
 from distmerge.expressions.rounds import PEEK, SAMPLE, Begun, ReadBlock, Span
@@ -28,7 +28,7 @@ from distmerge.methods.random import Draw
 from distmerge.methods.reductions import Question
 from distmerge.methods.sharing import is_plain, once
 
-__all__ = ["Answered", "Evaluation", "Place"]
+__all__ = ["Evaluation", "Place"]
 
 PEEKED = 64
 """Elements that show whether a method asks."""
@@ -55,7 +55,6 @@ class Evaluation:
         model_answers: Mapping[Place, Any] | None = None,
     ) -> None:
         """block: elements of a full block; wider ones than others have for seamless programs only.
-
         `model_answers` holds `Answered` answers, or states, to questions about the whole
         model; what this key has to say to those still open is found in `model_partials`."""
         self.program = program
@@ -74,6 +73,7 @@ class Evaluation:
                 seed,
                 model_answers or {},
                 1 if i in self._gatherings else len(self.grid),
+                max(self.grid.elements, 1) if i in self._gatherings else Grid(shape).step,
             )
             for i, s in calls.items()
             if s.method.generator

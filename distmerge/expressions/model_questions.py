@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from distmerge.expressions.evaluate import Answered, Place
+from distmerge.expressions.asked import Answered
+from distmerge.expressions.evaluate import Place
 from distmerge.methods.reductions import Again, Question
 
 KeyPartials = Mapping[Place, tuple[Question, Any]]

@@ -25,14 +25,6 @@ Granularity = Literal["whole", "rows", "elements"]
 one-dimensional tensor is one row), or any run of elements."""
 
 
-def wide_block(elements: int, threads: int) -> int:
-    """Elements of a block of a tensor for methods that are seamless: they give the same bits
-    however wide a block is. Their loops keep to the cache by themselves, and each call from Python
-    costs 0.5 to 1 ms. Many threads want narrow ones, to find enough in what is read together."""
-    widest = min(WIDEST_BLOCK, 4 * WIDEST_BLOCK // threads)
-    return max(BLOCK_ELEMENTS, min(widest, elements // (FEWEST_WIDE * threads)))
-
-
 @dataclass(frozen=True, slots=True)
 class Grid:
     """Blocks of one tensor shape.
@@ -96,3 +88,15 @@ class Grid:
         if granularity == "rows" and len(self.shape) > 1:
             return (stop - start) // self.row, self.row
         return self.shape if stop - start == self.elements else (stop - start,)
+
+
+def wide_block(shape: tuple[int, ...], threads: int) -> int:
+    """Elements of a block of a tensor for methods that are seamless: they give the same bits
+    however many of the grid's blocks are done in one go. Their loops keep to the cache by
+    themselves, and each call from Python costs 0.5 to 1 ms. Many threads want narrow ones, to find
+    enough in what is read together."""
+    grid = Grid(shape)
+    widest = min(WIDEST_BLOCK, 4 * WIDEST_BLOCK // threads)
+    width = min(widest, grid.elements // (FEWEST_WIDE * threads)) // grid.step * grid.step
+    joins_rows = not grid.whole_rows and grid.row <= width
+    return BLOCK_ELEMENTS if joins_rows or width <= grid.step else width

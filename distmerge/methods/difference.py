@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,3 +37,21 @@ def computed(x: Operand) -> Tensor:
     if isinstance(x, Tensor):
         return x
     return x.model.float() - x.base.float()
+
+
+Of = TypeVar("Of", bound=Operand)
+
+
+def runs_of(x: Of, size: int) -> list[Of]:
+    """All of its elements in row-major order, so many at a time."""
+    elements = x.shape.numel()
+    if elements <= size:
+        return [x]
+    runs: list[Any] = [_run_of(x, start, start + size) for start in range(0, elements, size)]
+    return runs
+
+
+def _run_of(x: Operand, start: int, stop: int) -> Operand:
+    if isinstance(x, Tensor):
+        return x.reshape(-1)[start:stop]
+    return Difference(x.model.reshape(-1)[start:stop], x.base.reshape(-1)[start:stop])

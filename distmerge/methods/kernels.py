@@ -2,7 +2,7 @@
 
 Each loop here has a plain torch spelling beside its caller, which is its specification; where
 numba is missing, and on a GPU, that one runs. All but the float sums give the same bits as their
-specification. Sums are folded in eight fixed lanes here and in torch's own order there, so the two
+specification. Sums are folded in 256 fixed lanes here and in torch's own order there, so the two
 are different kernel classes and the digest records which one ran.
 
 Written for LLVM's vectoriser: no branch and no index arithmetic in a hot loop (hence the slices),
@@ -245,14 +245,21 @@ def keep_where(x: Array, mask: Array, out: Array) -> None:
 
 
 @_loop
-def dot(x: Array, y: Array) -> float:
+def dot(x: Any, y: Any) -> float:
     """Sum of products in float64, in lanes that are added up in order at the end."""
     lanes = np.zeros(LANES, np.float64)
-    for start in range(0, x.size, LANES):
-        left, right = x[start : start + LANES], y[start : start + LANES]
-        for j in range(left.size):
-            lanes[j] += np.float64(left[j]) * np.float64(right[j])
+    scratches = np.empty((2, CHUNK), np.float32)
+    for at in range(0, length(x), CHUNK):
+        left, right = chunk(x, at, scratches[0]), chunk(y, at, scratches[1])
+        for start in range(0, left.size, LANES):
+            _add_products(left[start : start + LANES], right[start : start + LANES], lanes)
     return in_order(lanes)
+
+
+@_loop
+def _add_products(left: Array, right: Array, lanes: Array) -> None:
+    for j in range(left.size):
+        lanes[j] += np.float64(left[j]) * np.float64(right[j])
 
 
 @_loop
@@ -270,13 +277,16 @@ def total_magnitude(x: Any) -> float:
 
 
 @_loop
-def total(x: Array) -> float:
+def total(x: Any) -> float:
     """Sum in float64, in the lanes of `dot`."""
     lanes = np.zeros(LANES, np.float64)
-    for start in range(0, x.size, LANES):
-        part = x[start : start + LANES]
-        for j in range(part.size):
-            lanes[j] += np.float64(part[j])
+    scratch = np.empty(CHUNK, np.float32)
+    for at in range(0, length(x), CHUNK):
+        held = chunk(x, at, scratch)
+        for start in range(0, held.size, LANES):
+            part = held[start : start + LANES]
+            for j in range(part.size):
+                lanes[j] += np.float64(part[j])
     return in_order(lanes)
 
 

@@ -138,8 +138,9 @@ class MergeMethod:
     """Does it take operands in the dtype they are stored in? See `distmerge.methods.operands`."""
     builtin: bool = False
     seamless: bool | Callable[[Mapping[str, Any]], bool] = False
-    """Does it work on each element by itself, and are its questions exact, so that it gives the
-    same bits however wide a block is? Can depend on the parameters."""
+    """Does it give the same bits however many blocks it is given at once, since it works on each
+    element or each row by itself, and its questions are exact or can be cut into pieces? Can depend
+    on the parameters."""
 
     def __post_init__(self) -> None:
         # What functools.update_wrapper would set, on a frozen instance.

@@ -36,6 +36,12 @@ def raw_loops(*xs: Tensor) -> ModuleType | None:
     return raw_kernels
 
 
+def loops_for(*xs: Operand) -> ModuleType | None:
+    """The loops that take operands as they are, if they can take all of these."""
+    fits = all(fused_for(x) or (isinstance(x, Tensor) and reads_raw(x)) for x in xs)
+    return fused_loops() if fits else None
+
+
 def bits(x: Tensor) -> Bits:
     """The bits of bfloat16, in row-major order."""
     return x.detach().reshape(-1).view(torch.int16).numpy().view(np.uint16)

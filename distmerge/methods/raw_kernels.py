@@ -15,9 +15,8 @@ import numpy as np
 from numba import njit
 
 from distmerge.methods.chunks import CHUNK, array_at, difference, wide
-from distmerge.methods.kernels import LANES, in_order
 
-__all__ = ["difference", "dot", "weighted_sum"]
+__all__ = ["difference", "weighted_sum"]
 
 Array = np.ndarray[Any, Any]
 
@@ -48,14 +47,3 @@ def _scale(bits: Array, factor: Any, out: Array) -> None:
 def _add_scaled(bits: Array, factor: Any, out: Array) -> None:
     for i in range(out.size):
         out[i] += wide(bits[i]) * factor
-
-
-@_loop
-def dot(x: Array, y: Array) -> float:
-    """Sum of products in float64, in the lanes of `distmerge.methods.kernels.dot`."""
-    lanes = np.zeros(LANES, np.float64)
-    for start in range(0, x.size, LANES):
-        left, right = x[start : start + LANES], y[start : start + LANES]
-        for j in range(left.size):
-            lanes[j] += np.float64(wide(left[j])) * np.float64(wide(right[j]))
-    return in_order(lanes)

@@ -15,15 +15,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from distmerge.methods.difference import Operand, computed
-from distmerge.methods.fusion import flat, fused_for
-from distmerge.methods.operands import bits, elements, raw_loops
+from distmerge.methods.difference import Operand, computed, runs_of
+from distmerge.methods.fusion import fused_for
+from distmerge.methods.operands import elements, loops_for
 
 Scope = Literal["tensor", "model"]
 
@@ -63,6 +64,12 @@ class Question(Protocol):
         ...
 
 
+def in_pieces(question: Question, size: int) -> Sequence[Question]:
+    """The question of so many elements at a time, if it can be cut."""
+    pieces = getattr(question, "pieces", None)
+    return [question] if pieces is None else pieces(size)
+
+
 def _finite(x: Tensor) -> Tensor:
     """Non-finite values are kept out of reductions: one NaN must not decide for a tensor."""
     return torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
@@ -72,7 +79,7 @@ def _finite(x: Tensor) -> Tensor:
 class Sums:
     """Float64 sums of products; `dots`, `total` and `largest` differ only in the operands."""
 
-    operands: tuple[tuple[Tensor, Tensor | None], ...]
+    operands: tuple[tuple[Operand, Operand | None], ...]
     shape: tuple[int, ...]
     over: Scope = "tensor"
     exact: bool = False
@@ -93,31 +100,36 @@ class Sums:
         gram[np.tril_indices(n)] = total
         return gram + np.tril(gram, -1).T
 
+    def pieces(self, size: int) -> list[Sums]:
+        cut = [
+            zip(runs_of(a, size), repeat(None) if b is None else runs_of(b, size), strict=False)
+            for a, b in self.operands
+        ]
+        return [replace(self, operands=pairs) for pairs in zip(*cut, strict=True)]
+
     def bare(self) -> Sums:
         return replace(self, operands=())
 
 
-def _sum_of_products(a: Tensor, b: Tensor | None) -> float:
+def _sum_of_products(a: Operand, b: Operand | None) -> float:
     value = _float64_sum(a, b)
     if math.isfinite(value):
         return value
-    return _float64_sum(_finite(a), None if b is None else _finite(b))
+    return _float64_sum(_finite(computed(a)), None if b is None else _finite(computed(b)))
 
 
-def _float64_sum(a: Tensor, b: Tensor | None) -> float:
-    loops = None if b is None else raw_loops(a, b)
-    if loops is not None and b is not None:
-        return float(loops.dot(bits(a), bits(b)))
-    fused = fused_for(a) if b is None else fused_for(a, b)
+def _float64_sum(a: Operand, b: Operand | None) -> float:
+    pair = [x for x in (a, b) if x is not None]
+    fused = loops_for(*pair)
     if fused is not None:
-        return float(fused.total(flat(a)) if b is None else fused.dot(flat(a), flat(b)))
-    x = a.double()
-    x = x if b is None else x * b.double()
+        return float(fused.total(elements(a)) if b is None else fused.dot(*map(elements, pair)))
+    x = computed(a).double()
+    x = x if b is None else x * computed(b).double()
     # torch's own sum, not BLAS: a dot product there may depend on where the operands lie.
     return float(x.sum())
 
 
-def dots(xs: Sequence[Tensor], *, over: Scope = "tensor") -> Sums:
+def dots(xs: Sequence[Operand], *, over: Scope = "tensor") -> Sums:
     """The Gram matrix of N tensors: an N x N float64 array of their dot products."""
     pairs = tuple((xs[i], xs[j]) for i in range(len(xs)) for j in range(i + 1))
     return Sums(pairs, (len(xs), len(xs)), over)
@@ -150,6 +162,9 @@ class Norm:
     def finish(self, total: float, state: Any) -> float:
         return total
 
+    def pieces(self, size: int) -> list[Norm]:
+        return [replace(self, x=x) for x in runs_of(self.x, size)]
+
     def bare(self) -> Norm:
         return replace(self, x=torch.empty(0))
 
@@ -171,6 +186,9 @@ class MeanSquare:
 
     def finish(self, total: np.ndarray[Any, Any], state: Any) -> float:
         return float(total[0] / total[1]) if total[1] else 0.0
+
+    def pieces(self, size: int) -> list[MeanSquare]:
+        return [replace(self, x=x) for x in runs_of(self.x, size)]
 
     def bare(self) -> MeanSquare:
         return replace(self, x=self.x.new_empty(0))

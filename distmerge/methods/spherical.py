@@ -206,6 +206,7 @@ slerp = describe(
     _slerp,
     name="slerp",
     blocks="elements",
+    seamless=True,
     models=(2, 2),
     counts_base=True,
     from_call=_slerp_call,
@@ -216,12 +217,21 @@ nuslerp = describe(
     _nuslerp,
     name="nuslerp",
     blocks=_lines,
+    seamless=lambda parameters: parameters["nuslerp_flatten"],
     models=(2, 2),
     from_call=soup_call,
     raw=True,
     builtin=True,
 )
 multislerp = describe(
-    _multislerp, name="multislerp", blocks="elements", from_call=soup_call, raw=True, builtin=True
+    _multislerp,
+    name="multislerp",
+    blocks="elements",
+    seamless=True,
+    from_call=soup_call,
+    raw=True,
+    builtin=True,
 )
-karcher = describe(_karcher, name="karcher", blocks="elements", raw=True, builtin=True)
+karcher = describe(
+    _karcher, name="karcher", blocks="elements", seamless=True, raw=True, builtin=True
+)

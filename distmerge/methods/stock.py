@@ -12,7 +12,7 @@ from distmerge.errors import ParameterError
 from distmerge.methods.blocks import Granularity
 from distmerge.methods.line_dots import row_dot
 from distmerge.methods.linear import Answers, Weight, weighted_sum
-from distmerge.methods.operands import differences
+from distmerge.methods.operands import differences, task_vectors
 from distmerge.methods.reductions import Scope, dots
 from distmerge.methods.signature import describe
 
@@ -27,17 +27,17 @@ def _model_stock(
     arXiv:2403.19522. With `filter_wise` every row has a c of its own, and so a t; with
     `over: model` there is one for the whole model.
     """
-    offsets = differences(models, base)
-    n = len(offsets)
+    n = len(models)
     if filter_wise:
         if over == "model":
             raise ParameterError(
                 "model_stock: a ratio for each row and one for the whole model exclude each other.",
                 fix="leave out 'filter_wise' or 'over'",
             )
+        offsets = differences(models, base)
         cosine = mean_cosine(n, lambda i, j: row_dot(offsets[i], offsets[j]))
     else:
-        gram = yield dots(offsets, over=over)
+        gram = yield dots(task_vectors(models, base), over=over)
         cosine = mean_cosine(n, lambda i, j: gram[i, j])
     t = stock_ratio(cosine, n)
     return weighted_sum([base, *models], [1.0 - t] + [t / n] * n)
@@ -71,6 +71,7 @@ model_stock = describe(
     _model_stock,
     name="model_stock",
     blocks=_filters,
+    seamless=lambda parameters: not parameters["filter_wise"],
     models=(2, None),
     from_call=_no_parameters,
     raw=True,

@@ -11,7 +11,7 @@ Two more are in `distmerge.methods.della` and `distmerge.methods.sce`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -235,14 +235,9 @@ def declared(function: Callable[..., Any], **options: Any) -> MergeMethod:
     )
 
 
-def _sums_nothing(parameters: Mapping[str, Any]) -> bool:
-    """Are no norms restored? The last bits of their sums depend on the width of blocks."""
-    return parameters["rescale"] in (False, "density")
-
-
 task_arithmetic = declared(_task_arithmetic, from_call=_task_call, seamless=True)
-ties = declared(_ties, from_call=_ties_call, seamless=_sums_nothing)
-breadcrumbs = declared(_breadcrumbs, seamless=_sums_nothing)
-breadcrumbs_ties = declared(_breadcrumbs_ties, seamless=_sums_nothing)
-dare_linear = declared(_dare_linear, from_call=_dare_call, seamless=_sums_nothing)
-dare_ties = declared(_dare_ties, from_call=_dare_call, seamless=_sums_nothing)
+ties = declared(_ties, from_call=_ties_call, seamless=True)
+breadcrumbs = declared(_breadcrumbs, seamless=True)
+breadcrumbs_ties = declared(_breadcrumbs_ties, seamless=True)
+dare_linear = declared(_dare_linear, from_call=_dare_call, seamless=True)
+dare_ties = declared(_dare_ties, from_call=_dare_call, seamless=True)

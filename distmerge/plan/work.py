@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -65,7 +64,7 @@ def widened(unit: WorkUnit, threads: int) -> WorkUnit:
 
 
 def _widened(task: KeyTask, threads: int) -> KeyTask:
-    block = wide_block(math.prod(task.shape), threads)
+    block = wide_block(task.shape, threads)
     if block == task.block or not task.program.seamless:
         return task
     return replace(task, block=block)

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from distmerge.checkpoints.store import OutputStore
-from distmerge.expressions.evaluate import Answered, Place
+from distmerge.expressions.asked import Answered
+from distmerge.expressions.evaluate import Place
 from distmerge.expressions.model_questions import ModelQuestions
 from distmerge.methods.cutoff import Cut
 from distmerge.plan.plan import Plan

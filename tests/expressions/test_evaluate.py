@@ -8,9 +8,10 @@ import torch
 from methods.trees import apply, leaf, merge, merged, programs, subset, threads
 
 from distmerge.errors import DtypeMismatch, MethodError, ParameterError
+from distmerge.expressions.asked import Answered
 from distmerge.expressions.compute_pool import ComputePool, one_torch_thread
 from distmerge.expressions.eager import evaluate_eagerly
-from distmerge.expressions.evaluate import Answered, Evaluation
+from distmerge.expressions.evaluate import Evaluation
 from distmerge.expressions.model_questions import ModelQuestions
 from distmerge.expressions.nodes import Binary
 from distmerge.expressions.settle import settle

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distmerge.expressions.dialogue import Answered
+from distmerge.expressions.asked import Answered
 from distmerge.methods.cutoff import EVERYTHING, NOTHING, Cut
 from distmerge.run.journal import journal_path, load_answers, save_answers
 from distmerge.write.local_output import LocalOutput

@@ -14,8 +14,8 @@ import distmerge
 from distmerge.methods.blocks import BLOCK_ELEMENTS
 from distmerge.run.merge import plan
 
-SHAPE = (2_500, 1_027)
-"""Some more than eight blocks, of rows that fill none exactly."""
+SHAPE = (5_000, 1_027)
+"""Some more than sixteen blocks, of rows that fill none exactly."""
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +42,29 @@ def widths(what: object, memory: str) -> dict[str, int]:
     return {task.program.key: task.block for unit in decided.units for task in unit.tasks}
 
 
+WIDE = 2 * (BLOCK_ELEMENTS // SHAPE[1]) * SHAPE[1]
+
+
+def method(name: str, models: list[str], **options: Any) -> Any:
+    return distmerge.find_method(name)(opened(models), **options)
+
+
 @pytest.mark.usefixtures("fixed_reserve")
-@pytest.mark.parametrize("over", ["tensor", "model"])
-def test_the_bits_do_not_depend_on_it(models: list[str], tmp_path: Path, over: str) -> None:
-    what = distmerge.ties(opened(models), k=0.2, over=over)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ties", {"k": 0.2}),
+        ("ties", {"k": 0.2, "over": "model"}),
+        ("model_stock", {}),
+        ("karcher", {}),
+    ],
+)
+def test_the_bits_do_not_depend_on_it(
+    models: list[str], tmp_path: Path, name: str, options: dict[str, Any]
+) -> None:
+    what = method(name, models, **options)
     tight = least_memory(what, workers=2)
-    assert widths(what, "2GiB") == {"w": SHAPE[0] * SHAPE[1] // 8, "b": BLOCK_ELEMENTS}
+    assert widths(what, "2GiB") == {"w": WIDE, "b": BLOCK_ELEMENTS}
     assert widths(what, tight) == {"w": BLOCK_ELEMENTS, "b": BLOCK_ELEMENTS}
     for memory, workers in (("2GiB", 2), ("2GiB", 1), (tight, 2)):
         out = tmp_path / f"{memory}-{workers}"
@@ -58,8 +75,8 @@ def test_the_bits_do_not_depend_on_it(models: list[str], tmp_path: Path, over: s
 
 
 @pytest.mark.usefixtures("fixed_reserve")
-def test_sums_keep_their_blocks(models: list[str]) -> None:
-    stock = distmerge.find_method("model_stock")(opened(models))
-    assert set(widths(stock, "2GiB").values()) == {BLOCK_ELEMENTS}
-    mixed = 0.5 * distmerge.ties(opened(models), k=0.2) + 0.5 * stock
+def test_what_is_made_row_by_row_keeps_its_blocks(models: list[str]) -> None:
+    ranked = method("della", models, density=0.5, epsilon=0.1, weight=1.0)
+    assert set(widths(ranked, "2GiB").values()) == {BLOCK_ELEMENTS}
+    mixed = 0.5 * method("ties", models, k=0.2) + 0.5 * ranked
     assert set(widths(mixed, "2GiB").values()) == {BLOCK_ELEMENTS}
