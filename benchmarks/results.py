@@ -54,6 +54,12 @@ class Comparison:
             told.append(self.ours <= self.seconds)
         return all(told) and self.peak <= self.most_memory if told else None
 
+    @property
+    def below_the_floor(self) -> bool:
+        """Is less wanted than copying the bytes takes?"""
+        known = self.at_most is not None and self.mergekit is not None
+        return known and self.at_most * self.mergekit < self.floor  # type: ignore[operator]
+
 
 @dataclass(frozen=True)
 class Check:

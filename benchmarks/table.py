@@ -64,7 +64,7 @@ def _comparison(found: Comparison) -> tuple[str, ...]:
         f"{found.mergekit_peak / 1e6:,.0f}" if found.mergekit_peak else "-",
         f"{found.synced:.2f}",
         _wanted(found),
-        _mark(found.met),
+        _mark(found.met) + "; a plain copy takes longer" * found.below_the_floor,
     )
 
 

@@ -50,7 +50,8 @@ class Asked:
         while self.blocks in self.waiting:
             for j, pieces in enumerate(self.waiting.pop(self.blocks)):
                 for partial in pieces or ():
-                    self._add(j, partial)
+                    if partial is not None:
+                        self._add(j, partial)
             self.blocks += 1
 
     def _add(self, j: int, partial: Any) -> None:

@@ -80,8 +80,12 @@ class ComputePool:
                     raise
 
         futures = [self._pool.submit(pull) for _ in range(min(self.threads, len(items)))]
-        for future in futures:
-            future.exception()  # let every thread stop before anything is torn down
+        try:
+            for future in futures:
+                future.exception()  # let every thread stop before anything is torn down
+        except BaseException:  # an interrupt: what was asked for isn't wanted any more
+            failed.set()
+            raise
         for future in futures:
             future.result()
         return results  # type: ignore[return-value]

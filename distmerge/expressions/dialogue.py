@@ -68,6 +68,11 @@ class Dialogue:
         return self._asked is not None or bool(self._sampled)
 
     @property
+    def sampled(self) -> bool:
+        """Has a sample been noted, or is that of another one taken over?"""
+        return bool(self._sampled) or self._leader is not None
+
+    @property
     def follows(self) -> bool:
         """Is what is open asked by another one, too, which looks at the blocks?"""
         return self._leader is not None

@@ -98,8 +98,6 @@ class Evaluation:
         """Must this method see the whole tensor although it has several blocks?"""
         return not self.grid.streams(step.sees(self.grid.shape))
 
-    # --- one block
-
     def block(self, index: int, read: ReadBlock) -> Tensor | None:
         """The result for block `index`, flat; None if that needs answers not known yet.
 
@@ -142,9 +140,11 @@ class Evaluation:
             return range(0)
         return range(0, count, max(1, min(APART, count // APART)))
 
-    def sample(self, index: int, read: ReadBlock) -> None:
-        """Let the first questions look at a part of block `index`, one of `sampled`."""
+    def sample(self, index: int, read: ReadBlock) -> bool:
+        """Let the first questions look at a part of block `index`, one of `sampled`. Had any of
+        them use of it?"""
         self._run(SAMPLE, self.sample_span(index), read)
+        return any(d.sampled for d in self._dialogues.values())
 
     def sample_span(self, index: int) -> Span:
         """That part."""

@@ -55,15 +55,17 @@ class SideBySide:
         """See `Evaluation.sample_span`: the same for all that have some."""
         return next(m.sample_span(index) for m in self.members if m.sampled)
 
-    def sample(self, index: int, read: ReadBlock) -> None:
+    def sample(self, index: int, read: ReadBlock) -> bool:
         """See `Evaluation.sample`."""
+        used: list[bool] = []
 
         def look(number: int) -> None:
             member = self.members[number]
-            if member.sampled and not member.follows:
-                member.sample(index, read)
+            if member.sampled:
+                used.append(member.follows or member.sample(index, read))
 
         self.each(look)
+        return any(used)
 
     def use_sample(self) -> None:
         """See `Evaluation.use_sample`."""

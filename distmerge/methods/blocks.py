@@ -8,6 +8,7 @@ but never where a block ends.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -90,6 +91,7 @@ class Grid:
         return self.shape if stop - start == self.elements else (stop - start,)
 
 
+@functools.lru_cache(maxsize=4096)  # models have few shapes and many tensors
 def wide_block(shape: tuple[int, ...], threads: int) -> int:
     """Elements of a block of a tensor for methods that are seamless: they give the same bits
     however many of the grid's blocks are done in one go. Their loops keep to the cache by

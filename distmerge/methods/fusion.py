@@ -30,7 +30,8 @@ def fused_loops() -> ModuleType | None:
 
 
 def fused_for(*operands: Operand) -> ModuleType | None:
-    """The fused loops, if they can work on these: float32 in main memory, or made of bfloat16."""
+    """The fused loops, if they can work on these: float32 in main memory, or task vectors that they
+    make themselves."""
     return fused_loops() if all(map(_fits, operands)) else None
 
 

@@ -2,7 +2,7 @@
 
 Widening a block first, as `x.float()` does, writes and reads twice the bytes that the file holds;
 here it is a shift in a register. Otherwise as in `distmerge.methods.kernels`: each loop has a plain
-torch spelling beside its caller, and all but the sums give the same bits as it.
+torch spelling beside its caller, and gives the same bits as it.
 
 Arrays called `bits` are the uint16 view of bfloat16.
 """

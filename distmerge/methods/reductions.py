@@ -13,7 +13,7 @@ partials of every tensor are folded, so there is one answer for the whole model.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any, Literal, Protocol
@@ -64,12 +64,6 @@ class Question(Protocol):
         ...
 
 
-def in_pieces(question: Question, size: int) -> Sequence[Question]:
-    """The question of so many elements at a time, if it can be cut."""
-    pieces = getattr(question, "pieces", None)
-    return [question] if pieces is None else pieces(size)
-
-
 def _finite(x: Tensor) -> Tensor:
     """Non-finite values are kept out of reductions: one NaN must not decide for a tensor."""
     return torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
@@ -101,10 +95,10 @@ class Sums:
         return gram + np.tril(gram, -1).T
 
     def pieces(self, size: int) -> list[Sums]:
-        cut = [
-            zip(runs_of(a, size), repeat(None) if b is None else runs_of(b, size), strict=False)
-            for a, b in self.operands
-        ]
+        cut: list[Iterable[Any]] = []
+        for a, b in self.operands:
+            others = repeat(None) if b is None else runs_of(b, size)
+            cut.append(zip(runs_of(a, size), others, strict=b is not None))
         return [replace(self, operands=pairs) for pairs in zip(*cut, strict=True)]
 
     def bare(self) -> Sums:
@@ -197,6 +191,11 @@ class MeanSquare:
 def mean_square(x: Tensor, *, over: Scope = "tensor") -> MeanSquare:
     """The mean of the squares of all elements, a float."""
     return MeanSquare(x, over)
+
+
+def in_pieces(question: Question, size: int) -> Sequence[Question]:
+    """The question of so many elements at a time, if it is one that adds up floats."""
+    return question.pieces(size) if isinstance(question, Sums | Norm | MeanSquare) else [question]
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ SLACK = 64 * MiB
 WINDOW = 8 * MiB
 """Output bytes that are merged together before they go to the writer."""
 WINDOWS = 3
-"""One being merged, one being written, one waiting."""
+"""That threads fill, that wait and that are written, together."""
 GROUP = 16 * MiB
 """Raw bytes that are read together: long enough for long requests, small enough to overlap."""
 FAR_GROUP = 64 * MiB
@@ -164,8 +164,8 @@ def gathered_bytes(program: Program, shape: tuple[int, ...], itemsize: int) -> i
 
 
 def asked_bytes(program: Program, grid: Grid, itemsize: int) -> int:
-    """What a key holds while its methods' questions are open: a histogram for each model, and
-    its first block's result, which shows that none is open any more."""
+    """What a key holds while its methods' questions are open: a histogram for each model, and its
+    first block's result, if it took that to show that none is open any more."""
     calls = [step for step in program.steps if isinstance(step, Call) and step.method.generator]
     result = min(grid.step, grid.elements) * itemsize
     return sum(_operands(call) * HISTOGRAM for call in calls) + result if calls else 0
@@ -236,21 +236,22 @@ def _least_arena(need: Need) -> int:
 
 
 def fitted(plan: MemoryPlan, reserved: int) -> MemoryPlan:
-    """The plan of a worker that held this much before it merged: its arena makes up for what is
-    more than was planned.
+    """The plan of a worker that held this much before it merged: what is allowed and wasn't
+    planned, and then its arena, make up for what is more.
 
     Raises
-        MemoryBudgetError: it can't.
+        MemoryBudgetError: they can't.
     """
     more = max(0, reserved - plan.reserved)
-    if plan.arena - more < plan.least:
-        enough = plan.allowed + plan.least - (plan.arena - more)
+    arena = plan.arena - max(0, more - (plan.allowed - plan.projected))
+    if arena < plan.least:
+        enough = plan.allowed + plan.least - arena
         raise MemoryBudgetError(
             f"A worker holds {_mib(reserved)} before it merges, and {_mib(plan.reserved)} "
             "were planned.",
             fix=f"--allowed-mem {-(-enough // MiB) + 16}MiB",
         )
-    return replace(plan, reserved=plan.reserved + more, arena=plan.arena - more)
+    return replace(plan, reserved=plan.reserved + more, arena=arena)
 
 
 def _mib(nbytes: int) -> str:

@@ -60,14 +60,23 @@ class KeyTask:
 
 def widened(unit: WorkUnit, threads: int) -> WorkUnit:
     """The unit with wide blocks, for so many threads, where the bits don't change."""
-    return replace(unit, tasks=tuple(_widened(task, threads) for task in unit.tasks))
+    # Keys of one kind share their steps, and there can be a hundred thousand of them.
+    seamless: dict[int, bool] = {}
+    for task in unit.tasks:
+        if id(task.program.steps) not in seamless:
+            seamless[id(task.program.steps)] = task.program.seamless
+    tasks = (
+        _widened(task, threads) if seamless[id(task.program.steps)] else task for task in unit.tasks
+    )
+    return replace(unit, tasks=tuple(tasks))
 
 
 def _widened(task: KeyTask, threads: int) -> KeyTask:
     block = wide_block(task.shape, threads)
-    if block == task.block or not task.program.seamless:
+    # What a view makes, a product of matrices for one, may depend on how much it makes at once.
+    if block == task.block or any(isinstance(given, View) for given in task.inputs.values()):
         return task
-    return replace(task, block=block)
+    return KeyTask(task.program, task.shape, task.dtype, task.offset, task.inputs, task.base, block)
 
 
 def narrowed(unit: WorkUnit) -> WorkUnit:

@@ -116,7 +116,11 @@ class OpenWindows:
                 while number >= len(self._windows):
                     if self._broken:
                         return None
-                    self._windows.append(self._writer.buffer())
+                    try:
+                        self._windows.append(self._writer.buffer())
+                    except BaseException:
+                        self._broken = True  # before the next one waits for a window
+                        raise
         return self._windows[number]
 
     def break_off(self) -> None:
@@ -204,11 +208,15 @@ class BlockWriter:
                 if (window := windows.open(number)) is not None:
                     self.fill(window, offset, task, value, before)
                     windows.filled(number)
-            except BaseException:
+            except BaseException:  # others may wait for its window, and the pool for them
                 windows.break_off()
                 raise
 
-        self._pool.map(fill, [(n, one) for n, batch in enumerate(batches) for one in batch])
+        try:
+            self._pool.map(fill, [(n, one) for n, batch in enumerate(batches) for one in batch])
+        except BaseException:  # an interrupt comes to this thread alone
+            windows.break_off()
+            raise
         return sum(sizes)
 
     def batches(self, items: Sequence[Item]) -> Iterator[list[tuple[Item, int]]]:

@@ -121,8 +121,6 @@ class UnitRun:
         if future.exception() is None:
             self.context.fetcher.release(future.result())
 
-    # --- merging
-
     def evaluation(self, task: KeyTask) -> Any:
         """A key's program, about to be run."""
         dtypes = [spec_of(given)[0] for given in task.inputs.values()]
@@ -142,7 +140,7 @@ class UnitRun:
             for tasks in batches(self._side_by_side, window, self.context.gathered):
                 self._process_group(tasks, fetched)
         elif window.part is not None:
-            self._sample(window, window.streamed.evaluation, fetched)
+            self._sample(window, window.streamed, fetched)
         elif not window.streamed.left:  # else it was read ahead of knowing
             self._process_stretch(window.tasks[0], window.blocks, window.streamed, fetched)
         self._check_finite()
@@ -181,15 +179,17 @@ class UnitRun:
         items = [(i, b) for i in tasks for b in range(len(self.unit.tasks[i].grid))]
         self._write(items, produce, fetched)
 
-    def _sample(self, window: Window, evaluation: InRounds | None, fetched: Fetched) -> None:
+    def _sample(self, window: Window, streamed: Streamed, fetched: Fetched) -> None:
+        evaluation = streamed.evaluation
         assert evaluation is not None
-        evaluation.sample(window.blocks[0], self._reader(window.tasks[0], fetched))
-        if window.blocks[0] == evaluation.sampled[-1]:
+        if streamed.sampling:
+            sample = partial(evaluation.sample, read=self._reader(window.tasks[0], fetched))
+            streamed.sampling = self.context.pool.map(sample, window.blocks)[0]
+        if not streamed.sampling or window.blocks[0] == evaluation.sampled[-1]:
             evaluation.use_sample()
 
     def _process_stretch(self, i: int, blocks: range, streamed: Streamed, fetched: Fetched) -> None:
-        """Some blocks of one key in one round; the round's first block tells whether it is the
-        last round."""
+        """Some blocks of one key in one round; how it begins tells whether it is the last round."""
         evaluation, read = streamed.evaluation, self._reader(i, fetched)
         begun = Begun(settled=streamed.last_round, ask=blocks)
         if blocks[0] == 0:

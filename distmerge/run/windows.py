@@ -35,6 +35,8 @@ class Streamed:
     """None where tensors are only compared and copied."""
     last_round: bool = False
     """Does this round compute the result?"""
+    sampling: bool = True
+    """Is a sample of use?"""
     left: bool = False
     """Has it nothing more to ask, where no result is wanted?"""
 
@@ -102,8 +104,9 @@ def _rounds(
     streamed = Streamed(None if is_copied(task) else begin(task))
     if streamed.evaluation is not None:
         for block in streamed.evaluation.sampled:
-            part = streamed.evaluation.sample_span(block)
-            yield Window((i,), range(block, block + 1), streamed, part)
+            if streamed.sampling:
+                part = streamed.evaluation.sample_span(block)
+                yield Window((i,), range(block, block + 1), streamed, part)
     while not streamed.last_round:
         for first in range(0, len(grid), step):
             if streamed.left:

@@ -118,11 +118,13 @@ shapes = st.one_of(
 @given(shapes, st.integers(1, 200))
 def test_blocks_are_as_wide_as_leaves_each_thread_a_share(shape, threads):
     width, narrow = wide_block(shape, threads), Grid(shape)
-    assert BLOCK_ELEMENTS <= width <= WIDEST_BLOCK or width % narrow.step == 0
+    assert width <= WIDEST_BLOCK
     if width != BLOCK_ELEMENTS:
+        assert width % narrow.step == 0
+        assert width > narrow.step
         wide = Grid(shape, width)
         assert wide.elements // width >= 4 * threads
-        assert threads * width <= 16 * 2**20
+        assert threads * width <= 4 * WIDEST_BLOCK
         assert wide.step == width
         assert wide.whole_rows == narrow.whole_rows
 

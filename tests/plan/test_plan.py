@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +254,8 @@ def test_many_small_tensors_are_one_unit(tmp_path):
 
 
 def test_a_worker_that_holds_more_than_was_planned_makes_up_for_it(mixed):
-    memory = plan(linear(*mixed), allowed_mem="2GiB").memory
+    planned = plan(linear(*mixed), allowed_mem="2GiB").memory
+    memory = replace(planned, allowed=planned.projected)
     assert fitted(memory, memory.reserved) == memory
     assert fitted(memory, memory.reserved - MiB) == memory
     found = fitted(memory, memory.reserved + MiB)
@@ -261,4 +264,15 @@ def test_a_worker_that_holds_more_than_was_planned_makes_up_for_it(mixed):
     assert fitted(memory, memory.reserved + spare).arena == memory.least
     with pytest.raises(distmerge.MemoryBudgetError, match="before it merges") as refused:
         fitted(memory, memory.reserved + spare + MiB)
-    assert f"--allowed-mem {2048 + 1 + 16}MiB" in str(refused.value)
+    enough = math.ceil((memory.allowed + MiB) / MiB) + 16
+    assert f"--allowed-mem {enough}MiB" in str(refused.value)
+
+
+def test_what_is_allowed_and_was_not_planned_makes_up_for_it_first(mixed):
+    memory = plan(linear(*mixed), allowed_mem="2GiB").memory
+    room = memory.allowed - memory.projected
+    assert room > 0
+    found = fitted(memory, memory.reserved + room)
+    assert (found.arena, found.projected) == (memory.arena, memory.allowed)
+    found = fitted(memory, memory.reserved + room + MiB)
+    assert (found.arena, found.projected) == (memory.arena - MiB, memory.allowed)

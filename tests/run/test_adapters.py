@@ -23,6 +23,7 @@ from distmerge.checkpoints.low_rank import LowRank
 from distmerge.checkpoints.opening import open_checkpoint
 from distmerge.errors import CheckpointError, CheckpointNotFound, MalformedCheckpoint, RecipeError
 from distmerge.expressions.nodes import Leaf
+from distmerge.methods.blocks import BLOCK_ELEMENTS
 from distmerge.run.merge import plan
 
 
@@ -174,6 +175,19 @@ def adapted(folder: Path, number: int, *, dora: bool = False) -> tuple[str, dict
             wanted[key] *= 1.5
     adapter = by_hand(folder / f"adapter{number}", tensors, use_dora=dora)
     return f"{place}+{adapter}", wanted
+
+
+@pytest.mark.usefixtures("fixed_reserve")
+def test_what_an_adapter_changes_is_made_in_the_same_blocks_whatever_the_threads(tmp_path):
+    """Bits of a product of matrices can depend on how many rows are made at once."""
+    base = {"a.weight": on_grid(torch.randn(5_000, 1_027, generator=torch.Generator()))}
+    tensors = pair("a", base["a.weight"], 3)
+    names = [save_model(base, tmp_path / "0"), save_model(base, tmp_path / "1")]
+    names[1] += "+" + by_hand(tmp_path / "adapter", tensors)
+    models = [distmerge.open(name) for name in names]
+    (plain,) = plan(distmerge.ties(models[:1] * 3, k=0.2), allowed_mem="2GiB").units
+    (adapted,) = plan(distmerge.ties([models[0], *models], k=0.2), allowed_mem="2GiB").units
+    assert plain.tasks[0].block > adapted.tasks[0].block == BLOCK_ELEMENTS
 
 
 @pytest.mark.parametrize("dora", [False, True])

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import queue
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -177,3 +181,38 @@ def test_a_block_that_fails_leaves_nobody_waiting_for_a_window() -> None:
     with pytest.raises(ValueError, match="the first"):
         pool.map(fill, range(40))
     pool.close()
+
+
+INTERRUPTED = """
+import pathlib, time, torch, distmerge
+from distmerge.expressions.lazy import as_lazy
+
+@distmerge.layer_merge(blocks=True)
+def slow(models):
+    pathlib.Path("started").touch()
+    time.sleep(0.02)
+    return models[0] * 1.0
+
+models = [distmerge.StateDict({f"w{i}": torch.zeros(512, 512) for i in range(400)})] * 2
+distmerge.merge(slow([as_lazy(model) for model in models]), "out", workers=2)
+"""
+
+
+def test_an_interrupted_merge_ends(tmp_path: Path) -> None:
+    """The interrupt comes to the main thread; the others wait for windows by then."""
+    (tmp_path / "merge.py").write_text(INTERRUPTED)
+    command = [sys.executable, "merge.py"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "started").exists():
+            assert time.monotonic() < deadline
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert "KeyboardInterrupt" in told
+    assert not list(tmp_path.glob("out/*.safetensors"))

@@ -13,7 +13,7 @@ from distmerge.checkpoints.tensors import TensorInfo
 from distmerge.errors import MemoryBudgetError
 from distmerge.expressions.evaluate import SAMPLE_FROM, Evaluation
 from distmerge.expressions.program import Call, Program, Read, Same
-from distmerge.methods.blocks import BLOCK_ELEMENTS, Grid
+from distmerge.methods.blocks import BLOCK_ELEMENTS, Grid, wide_block
 from distmerge.methods.registry import find_method
 from distmerge.plan.memory import (
     FAR_GROUP,
@@ -32,7 +32,9 @@ from distmerge.run.fetch import ranges
 from distmerge.run.windows import Window, batches, raw_bytes, wanted, windows
 
 
-def tasks_of(shapes: list[tuple[int, ...]], leaves: int, gap: int = 0) -> list[KeyTask]:
+def tasks_of(
+    shapes: list[tuple[int, ...]], leaves: int, gap: int = 0, *, wide: bool = False
+) -> list[KeyTask]:
     """bf16 tensors one after the other in a file of each leaf, with holes between."""
     tasks, at = [], 0
     steps = tuple(Read(leaf) for leaf in range(leaves))
@@ -45,7 +47,8 @@ def tasks_of(shapes: list[tuple[int, ...]], leaves: int, gap: int = 0) -> list[K
         call = Call(0, find_method("ties"), (("models", places),), 0, 0, parameters)
         program = Program(f"k{i}", (*steps, call))
         inputs = dict.fromkeys(range(leaves), info)
-        tasks.append(KeyTask(program, shape, "BF16", 0, inputs, 0))
+        block = wide_block(shape, 1) if wide else BLOCK_ELEMENTS
+        tasks.append(KeyTask(program, shape, "BF16", 0, inputs, 0, block))
     return tasks
 
 
@@ -54,6 +57,7 @@ shapes = st.lists(
         st.tuples(st.integers(0, 40)),
         st.tuples(st.integers(1, 3), st.integers(1, 2 * BLOCK_ELEMENTS + 5)),
         st.tuples(st.integers(1, 30_000), st.sampled_from([63, 64, 1000])),
+        st.tuples(st.integers(1, 6000), st.just(1027)),
     ),
     min_size=1,
     max_size=20,
@@ -66,9 +70,10 @@ shapes = st.lists(
     st.integers(0, 200),
     st.integers(4 * MiB, 40 * MiB),
     st.sampled_from([GROUP, FAR_GROUP]),
+    st.booleans(),
 )
-def test_windows_hold_every_key_and_fit(shapes, leaves, gap, more, group):
-    tasks = tasks_of(shapes, leaves, gap)
+def test_windows_hold_every_key_and_fit(shapes, leaves, gap, more, group, wide):
+    tasks = tasks_of(shapes, leaves, gap, wide=wide)
     need = largest_need(need_of(t.program, t.grid, raw_bytes(t), 4) for t in tasks)
     fixed = need.block + WINDOWS * WINDOW + SLACK
     with pytest.raises(MemoryBudgetError):
@@ -79,7 +84,11 @@ def test_windows_hold_every_key_and_fit(shapes, leaves, gap, more, group):
     rounds: dict[int, list[range]] = {}
     sampled: dict[int, list[tuple[int, int]]] = {}
     pulled = windows(
-        tasks, arena, lambda t: Evaluation(t.program, t.shape), group=group, only_ask=False
+        tasks,
+        arena,
+        lambda t: Evaluation(t.program, t.shape, block=t.block),
+        group=group,
+        only_ask=False,
     )
     for window in pulled:
         room = 0
@@ -98,7 +107,7 @@ def test_windows_hold_every_key_and_fit(shapes, leaves, gap, more, group):
             rounds.setdefault(i, []).append(window.blocks)
             window.streamed.last_round = True
     for i, blocks in rounds.items():
-        assert [b for piece in blocks for b in piece] == list(range(len(Grid(tasks[i].shape))))
+        assert [b for piece in blocks for b in piece] == list(range(len(tasks[i].grid)))
         assert len(blocks) >= 2
         seen.append(i)
         grid, parts = Grid(tasks[i].shape), sampled.get(i, [])
