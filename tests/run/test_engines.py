@@ -17,14 +17,18 @@ from distmerge.run.windows import raw_bytes
 @pytest.fixture(scope="module")
 def roomy(family, tmp_path_factory):
     """All files of a merge by one thread with everything resident."""
-    return run(everything(family), tmp_path_factory.mktemp("roomy"), workers=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("distmerge.plan.needs.REUSED", 1)
+        return run(everything(family), tmp_path_factory.mktemp("roomy"), workers=1)
 
 
 @pytest.mark.usefixtures("fixed_reserve")
 @pytest.mark.parametrize(("workers", "memory"), [(1, "little"), (2, "much"), (3, "little")])
 def test_all_files_are_the_same_for_any_workers_and_memory(
-    family, roomy, tmp_path, workers, memory
+    family, roomy, tmp_path, workers, memory, monkeypatch
 ):
+    if memory == "much":  # the family has one or two tensors of each size
+        monkeypatch.setattr("distmerge.plan.needs.REUSED", 1)
     what = everything(family)
     options: dict[str, Any] = {"workers": workers, "max_shard_size": SHARD}
     allowed = least_memory(what, **options) if memory == "little" else "4GiB"

@@ -108,7 +108,7 @@ def assert_clean(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "path", "nth", "shards", "vouched"),
     [
-        ("PendingLocalFile.write", r"model-0.*safetensors$", 4, 1, 1),
+        ("PendingLocalFile.write", r"model-0.*safetensors$", 5, 1, 1),
         ("PendingLocalFile.commit", r"model-0.*safetensors$", 2, 1, 1),
         ("LocalOutput.write_bytes", RECEIPT, 2, 2, 1),
         ("LocalOutput.write_bytes", r"answers\.json$", 1, 0, 0),
