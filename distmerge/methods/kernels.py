@@ -263,31 +263,30 @@ def _add_products(left: Array, right: Array, lanes: Array) -> None:
 
 
 @_loop
-def total_magnitude(x: Any) -> float:
-    """Sum of magnitudes in float64, in the lanes of `dot`."""
+def total(x: Any, magnitudes: bool) -> float:
+    """Sum of the elements, or of their magnitudes, in float64, in the lanes of `dot`."""
     lanes = np.zeros(LANES, np.float64)
     scratch = np.empty(CHUNK, np.float32)
     for at in range(0, length(x), CHUNK):
         held = chunk(x, at, scratch)
         for start in range(0, held.size, LANES):
-            part = held[start : start + LANES]
-            for j in range(part.size):
-                lanes[j] += np.float64(abs(part[j]))
+            if magnitudes:
+                _add_magnitudes(held[start : start + LANES], lanes)
+            else:
+                _add(held[start : start + LANES], lanes)
     return in_order(lanes)
 
 
 @_loop
-def total(x: Any) -> float:
-    """Sum in float64, in the lanes of `dot`."""
-    lanes = np.zeros(LANES, np.float64)
-    scratch = np.empty(CHUNK, np.float32)
-    for at in range(0, length(x), CHUNK):
-        held = chunk(x, at, scratch)
-        for start in range(0, held.size, LANES):
-            part = held[start : start + LANES]
-            for j in range(part.size):
-                lanes[j] += np.float64(part[j])
-    return in_order(lanes)
+def _add(part: Array, lanes: Array) -> None:
+    for j in range(part.size):
+        lanes[j] += np.float64(part[j])
+
+
+@_loop
+def _add_magnitudes(part: Array, lanes: Array) -> None:
+    for j in range(part.size):
+        lanes[j] += np.float64(abs(part[j]))
 
 
 @_loop

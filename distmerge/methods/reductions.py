@@ -116,7 +116,9 @@ def _float64_sum(a: Operand, b: Operand | None) -> float:
     pair = [x for x in (a, b) if x is not None]
     fused = loops_for(*pair)
     if fused is not None:
-        return float(fused.total(elements(a)) if b is None else fused.dot(*map(elements, pair)))
+        return float(
+            fused.total(elements(a), False) if b is None else fused.dot(*map(elements, pair))
+        )
     x = computed(a).double()
     x = x if b is None else x * computed(b).double()
     # torch's own sum, not BLAS: a dot product there may depend on where the operands lie.
@@ -145,7 +147,7 @@ class Norm:
     def partial(self, state: Any) -> float:
         fused = fused_for(self.x)
         if fused is not None:
-            value = float(fused.total_magnitude(elements(self.x)))
+            value = float(fused.total(elements(self.x), True))
             if math.isfinite(value):
                 return value
         return _float64_sum(_finite(computed(self.x).abs()), None)
