@@ -16,7 +16,10 @@ from run.merging import small_models
 
 PACKAGE = Path(__file__).parent.parent / "distmerge"
 
-KERNELS = {f"methods/{kind}kernels.py" for kind in ("", "random_", "raw_", "rounding_")}
+KERNELS = {
+    f"methods/{kind}kernels.py"
+    for kind in ("", "cutoff_", "mark_", "random_", "rank_", "raw_", "rounding_", "trim_")
+}
 BELOW: dict[str, set[str]] = {
     "credentials": set(),
     "errors": {"credentials"},

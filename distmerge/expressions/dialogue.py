@@ -149,7 +149,7 @@ class Dialogue:
         however many of them this is."""
         if question.exact:
             return question.partial(state)
-        return [piece.partial(state) for piece in in_pieces(question, self._canonical)]
+        return in_pieces(question, state, self._canonical)
 
     def _first_to_ask(
         self,

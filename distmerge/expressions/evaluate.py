@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from distmerge.errors import DistmergeError, MethodError
+from distmerge.expressions.contract import checked, version_of
 from distmerge.expressions.dialogue import UNKNOWN, Dialogue, Place
 from distmerge.expressions.gathering import Gathering
 from distmerge.expressions.program import Call, Compute, Program, Read, operands, raw_reads
 from distmerge.expressions.rounds import PEEK, SAMPLE, Begun, ReadBlock, Span
 from distmerge.methods.blocks import BLOCK_ELEMENTS, Grid
 from distmerge.methods.operands import reads_raw
-from distmerge.methods.random import Draw
+from distmerge.methods.random import REMEMBERED, Draw, Remembered
 from distmerge.methods.reductions import Question
 from distmerge.methods.sharing import is_plain, once
 
@@ -53,16 +54,19 @@ class Evaluation:
         seed: int = 0,
         device: str = "cpu",
         model_answers: Mapping[Place, Any] | None = None,
+        remembered: int = REMEMBERED,
     ) -> None:
         """block: elements of a full block; wider ones than others have for seamless programs only.
         `model_answers` holds `Answered` answers, or states, to questions about the whole
-        model; what this key has to say to those still open is found in `model_partials`."""
+        model; what this key has to say to those still open is found in `model_partials`.
+        remembered: bytes of what was drawn that rounds may hand on to the next."""
         self.program = program
         self.grid = Grid(shape, block)
         self.compute_dtype = compute_dtype
         self.seed = seed
         self.device = torch.device(device)
         calls = {i: s for i, s in enumerate(program.steps) if isinstance(s, Call)}
+        self._remembered = Remembered(remembered)
         self._gatherings = {i: Gathering() for i, s in calls.items() if self._gathers(s)}
         raw = self.device.type == "cpu" and compute_dtype == torch.float32
         self._raw = raw_reads(program, self._gatherings) if raw else frozenset()
@@ -112,8 +116,8 @@ class Evaluation:
         for a whole block, where a method of ours has no need of more."""
         rest = range(len(self.grid))
         if self._peeks and len(rest) > 1:
-            start, stop = self.grid.span(0)
-            asks = self._run(PEEK, (start, min(start + PEEKED, stop)), read) is UNKNOWN
+            stop = min(self._peeked, self.grid.span(0)[1])
+            asks = self._run(PEEK, (0, stop), read) is UNKNOWN
             return Begun(settled=not asks, ask=rest if asks else range(0))
         value = self.block(0, read)
         return Begun(value is not None, value, rest[1:] if value is None else range(0))
@@ -121,7 +125,14 @@ class Evaluation:
     @property
     def _peeks(self) -> bool:
         calls = [s for s in self.program.steps if isinstance(s, Call)]
-        return all(s.method.builtin and s.sees(self.grid.shape) == "elements" for s in calls)
+        return not self._gatherings and all(s.method.builtin for s in calls)
+
+    @property
+    def _peeked(self) -> int:
+        """So many elements, or a row of them where any method sees rows."""
+        calls = [s for s in self.program.steps if isinstance(s, Call)]
+        rows = any(s.sees(self.grid.shape) == "rows" for s in calls)
+        return self.grid.row if rows else PEEKED
 
     @property
     def follows(self) -> bool:
@@ -218,9 +229,9 @@ class Evaluation:
         self, step: Call, dialogue: Dialogue | None, index: int, start: int, tensors: list[Tensor]
     ) -> Any:
         """A method's result on one block, or `UNKNOWN`."""
-        versions = [_version(tensor) for tensor in tensors]
+        versions = [version_of(tensor) for tensor in tensors]
         try:
-            outcome = self._invoke(step, start, tensors)
+            outcome = self._invoke(step, index, start, tensors)
             if isinstance(outcome, Generator):
                 assert dialogue is not None
                 outcome = dialogue.replay(outcome, index, start)
@@ -231,40 +242,31 @@ class Evaluation:
                 f"{step.method.name} failed on {self.program.key}: {type(error).__name__}: {error}",
                 fix=f"try it on one tensor: {step.method.name}.function(...)",
             ) from error
-        if [_version(tensor) for tensor in tensors] != versions:
+        if [version_of(tensor) for tensor in tensors] != versions:
             raise MethodError(
                 f"{step.method.name} changes its inputs in place (seen on {self.program.key}).",
                 fix="x = x + y instead of x += y, or work on x.clone()",
             )
-        return outcome if outcome is UNKNOWN else self._checked(step, outcome, tensors[0])
+        return (
+            outcome
+            if outcome is UNKNOWN
+            else checked(step, outcome, tensors[0], self.program.key, self.compute_dtype)
+        )
 
-    def _invoke(self, step: Call, start: int, tensors: list[Tensor]) -> Any:
+    def _invoke(self, step: Call, index: int, start: int, tensors: list[Tensor]) -> Any:
         remaining = iter(tensors)
         base = next(remaining) if step.base is not None else None
         inputs = {name: [next(remaining) for _ in places] for name, places in step.inputs}
         key = step.key or self.program.key
+        remembered = self._remembered if index >= 0 else None  # else it is a part of a block
         return step.method.invoke(
             inputs,
             base,
             step.parameters,
             layer_name=key,
             base_index=step.base_index,
-            draw=Draw(self.seed, (step.node, key), start),
+            draw=Draw(self.seed, (step.node, key), start, remembered),
         )
-
-    def _checked(self, step: Call, outcome: Any, like: Tensor) -> Tensor:
-        if not isinstance(outcome, Tensor):
-            got: Any = type(outcome).__name__
-        else:
-            got = outcome.dtype if outcome.is_complex() else tuple(outcome.shape)
-        if got != tuple(like.shape):
-            raise MethodError(
-                f"{step.method.name} returned {got} for {self.program.key}.",
-                f"its inputs here have shape {tuple(like.shape)}",
-                fix="return one tensor of the inputs' shape",
-            )
-        flat: Tensor = outcome.to(self.compute_dtype).reshape(-1)
-        return flat
 
     # --- the end of a round
 
@@ -293,8 +295,3 @@ class Evaluation:
                 return True
             if dialogue is None or not dialogue.finish():
                 return False
-
-
-def _version(tensor: Tensor) -> int:
-    """Goes up when the tensor is written to, as inference tensors, without a count, can't be."""
-    return 0 if tensor.is_inference() else tensor._version

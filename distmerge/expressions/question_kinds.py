@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from distmerge.methods.difference import Difference, Operand
+from distmerge.methods.difference import Operand, Unmade
 from distmerge.methods.reductions import Question
 
 
@@ -36,7 +36,7 @@ def _sort(values: Iterable[Any], plain: list[Hashable], tensors: list[Operand]) 
     """What is plain, with a mark for each tensor, and the tensors; how many are neither."""
     others = 0
     for value in values:
-        if isinstance(value, Tensor | Difference):
+        if isinstance(value, Tensor | Unmade):
             tensors.append(value)
             plain.append(...)
         elif isinstance(value, tuple):

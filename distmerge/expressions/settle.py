@@ -21,7 +21,16 @@ def settle(
     firsts: dict[int, Any] = {}
     still = [i for i, e in enumerate(evaluations) if not e.direct and len(e.grid)]
     sampling = [i for i in still if evaluations[i].sampled]
-    pieces = [(i, b) for i in sampling for b in evaluations[i].sampled]
+    # One block first: there are questions that have no use of a sample.
+    of_use = pool.map(
+        lambda i: evaluations[i].sample(evaluations[i].sampled[0], reads[i]), sampling
+    )
+    pieces = [
+        (i, b)
+        for i, useful in zip(sampling, of_use, strict=True)
+        if useful
+        for b in evaluations[i].sampled[1:]
+    ]
     pool.map(lambda at: evaluations[at[0]].sample(at[1], reads[at[0]]), pieces)
     for i in sampling:
         evaluations[i].use_sample()

@@ -17,6 +17,9 @@ from typing import Literal
 BLOCK_ELEMENTS = 1 << 18
 """Elements of a full block: 1 MiB in float32, so that a handful of operands stays in a core's
 L2 cache while a method's operations pass over them one by one."""
+CHUNK = 1024
+"""Elements whose intermediate results fit into the first-level cache together: the fused loops take
+them one after the other."""
 WIDEST_BLOCK = 4 * BLOCK_ELEMENTS
 FEWEST_WIDE = 4
 """Wide blocks that a tensor has at least for each thread, so that all get equal shares."""

@@ -8,8 +8,11 @@ wait for. numba compiles a loop anew for each kind of operand, so one source ser
     float32 array           as it lies
     uint16 array            bfloat16
     (x, base)               the difference of two arrays
+    (x, base, bits, first)  the same, zero where there is no mark: see `mark_kernels` beside this
     (addresses, x)          rows: float32 arrays at these addresses, as long as `x`, one of them
     (addresses, x, base)    rows: such arrays, or bfloat16 ones, each minus the third
+    (addresses, x, base, marks, firsts)
+                            the same, each zero where it has no mark, if it has bits at all
 """
 
 from __future__ import annotations
@@ -21,10 +24,10 @@ from numba import njit, types
 from numba.extending import intrinsic, overload
 from numba.np.numpy_support import carray
 
-Array = np.ndarray[Any, Any]
+from distmerge.methods.blocks import CHUNK
+from distmerge.methods.mark_kernels import PLANE, thin
 
-CHUNK = 1024
-"""Elements whose intermediate results fit into the first-level cache together."""
+Array = np.ndarray[Any, Any]
 
 _loop = njit(nogil=True, cache=True)
 
@@ -114,6 +117,11 @@ def _chunk(x: Any, start: Any, scratch: Any) -> Any:
         difference(x[0][start : start + out.size], x[1][start : start + out.size], out)
         return out
 
+    def thinned(x: Any, start: Any, scratch: Any) -> Any:
+        out = chunk((x[0], x[1]), start, scratch)
+        thin(out, x[2], x[3] + start, np.empty(2 * CHUNK, np.uint8))
+        return out
+
     def widened(x: Any, start: Any, scratch: Any) -> Any:
         out = scratch[: min(scratch.size, x.size - start)]
         widen(x[start : start + out.size], out)
@@ -123,7 +131,7 @@ def _chunk(x: Any, start: Any, scratch: Any) -> Any:
         return x[start : start + scratch.size]
 
     if isinstance(x, types.BaseTuple):
-        return subtracted
+        return subtracted if len(x) == 2 else thinned
     return widened if x.dtype == types.uint16 else as_it_lies
 
 
@@ -141,4 +149,13 @@ def _row_chunk(rows: Any, row: Any, start: Any, scratch: Any) -> Any:
     def as_it_lies(rows: Any, row: Any, start: Any, scratch: Any) -> Any:
         return array_at(rows[0][row], rows[1].size, rows[1])[start : start + scratch.size]
 
-    return subtracted if len(rows) == 3 else as_it_lies
+    def thinned(rows: Any, row: Any, start: Any, scratch: Any) -> Any:
+        out = row_chunk((rows[0], rows[1], rows[2]), row, start, scratch)
+        if rows[3][row] != np.uint64(0):
+            first = rows[4][row] + start
+            stop = (first + out.size + CHUNK - 1) // CHUNK * PLANE
+            marks = np.empty(2 * CHUNK, np.uint8)
+            thin(out, array_at(rows[3][row], stop, marks), first, marks)
+        return out
+
+    return {2: as_it_lies, 3: subtracted, 5: thinned}[len(rows)]

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from distmerge.methods.blocks import Granularity
 from distmerge.methods.consensus import Consensus, SignWeighting
+from distmerge.methods.difference import computed
 from distmerge.methods.linear import Answers
 from distmerge.methods.method import PerModel
-from distmerge.methods.operands import differences
+from distmerge.methods.operands import differences, task_vectors
 from distmerge.methods.random import Draw
 from distmerge.methods.sparsify import Rescale, chances, check_chances, keep_by_rank, rescaled
 from distmerge.methods.task_vectors import Density, Share, declared
@@ -26,14 +27,17 @@ def _ranked(
     rng: Draw,
     rescale: Rescale,
 ) -> Answers:
-    deltas = differences(models, base)
-    each = list(zip(deltas, density, epsilon, strict=True))
-    kept = [keep_by_rank(*one, rng, model) for model, one in enumerate(each)]
+    chosen = list(enumerate(zip(density, epsilon, strict=True)))
     if rescale == "density":
-        for i, (delta, keep, spread) in enumerate(each):
+        whole = differences(models, base)
+        entries = [keep_by_rank(whole[i], *one, rng, i) for i, one in chosen]
+        for i, (keep, spread) in chosen:
             if 0.0 < keep < 1.0:
-                kept[i] = kept[i] / chances(delta, keep, spread).to(delta.dtype)
-        return consensus.merge(base, kept)
+                chance = chances(whole[i], keep, spread).to(whole[i].dtype)
+                entries[i] = computed(entries[i]) / chance
+        return consensus.merge(base, entries)
+    deltas = task_vectors(models, base)
+    kept = [keep_by_rank(deltas[i], *one, rng, i) for i, one in chosen]
     return consensus.merge(base, *(yield from rescaled(deltas, kept, rescale, density)))
 
 
@@ -88,5 +92,5 @@ def _rows(parameters: Mapping[str, Any], shape: tuple[int, ...]) -> Granularity:
     return "rows"
 
 
-della = declared(_della, blocks=_rows)
-della_linear = declared(_della_linear, blocks=_rows)
+della = declared(_della, blocks=_rows, seamless=True)
+della_linear = declared(_della_linear, blocks=_rows, seamless=True)

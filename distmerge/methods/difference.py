@@ -1,10 +1,12 @@
-"""A task vector that the fused loops make of what was read, a chunk at a time."""
+"""Task vectors that the fused loops make of what was read, a chunk at a time."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -28,7 +30,32 @@ class Difference:
         return self.model.shape
 
 
-Operand = Tensor | Difference
+Bits = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Thinned:
+    """A task vector, zero where it isn't marked; the loops multiply what they have in the cache."""
+
+    delta: Difference
+    bits: Bits
+    """A bit for each element: see `distmerge.methods.mark_kernels`."""
+    first: int = 0
+    """The place of the first element among the bits."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the elements, once they are computed."""
+        return torch.float32
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of what is thinned."""
+        return self.delta.shape
+
+
+Unmade = Difference | Thinned
+Operand = Tensor | Unmade
 """What questions are asked about."""
 
 
@@ -36,7 +63,11 @@ def computed(x: Operand) -> Tensor:
     """It as a tensor."""
     if isinstance(x, Tensor):
         return x
-    return x.model.float() - x.base.float()
+    if isinstance(x, Difference):
+        return x.model.float() - x.base.float()
+    from distmerge.methods.operands import thinned  # which loads the loops: there are some
+
+    return thinned(x)
 
 
 Of = TypeVar("Of", bound=Operand)
@@ -54,4 +85,10 @@ def runs_of(x: Of, size: int) -> list[Of]:
 def _run_of(x: Operand, start: int, stop: int) -> Operand:
     if isinstance(x, Tensor):
         return x.reshape(-1)[start:stop]
+    if isinstance(x, Thinned):
+        return Thinned(_between(x.delta, start, stop), x.bits, x.first + start)
+    return _between(x, start, stop)
+
+
+def _between(x: Difference, start: int, stop: int) -> Difference:
     return Difference(x.model.reshape(-1)[start:stop], x.base.reshape(-1)[start:stop])

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distmerge.methods.difference import Difference, Operand
+from distmerge.methods.difference import Operand
 
 SWITCH = "DISTMERGE_KERNELS"
 """Environment variable; `torch` turns the fused loops off."""
@@ -36,7 +36,7 @@ def fused_for(*operands: Operand) -> ModuleType | None:
 
 
 def _fits(x: Operand) -> bool:
-    if isinstance(x, Difference):
+    if not isinstance(x, Tensor):
         return True
     return x.dtype == torch.float32 and x.device.type == "cpu"
 

@@ -18,98 +18,35 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from distmerge.methods.chunks import CHUNK, chunk, length, row_chunk
+from distmerge.methods.blocks import CHUNK
+from distmerge.methods.chunks import chunk, length, row_chunk
+from distmerge.methods.cutoff_kernels import bracket as bracket
+from distmerge.methods.cutoff_kernels import histogram as histogram
+from distmerge.methods.cutoff_kernels import inside as inside
+from distmerge.methods.mark_kernels import WORDS
 from distmerge.methods.random_kernels import keep_at_random as keep_at_random
-from distmerge.methods.random_kernels import keep_between as keep_between
-from distmerge.methods.random_kernels import keep_by_rank as keep_by_rank
+from distmerge.methods.random_kernels import mark_at_random as mark_at_random
+from distmerge.methods.rank_kernels import keep_by_rank as keep_by_rank
+from distmerge.methods.rank_kernels import mark_by_rank as mark_by_rank
 from distmerge.methods.rounding_kernels import round_and_count as round_and_count
 from distmerge.methods.rounding_kernels import round_to_bfloat16 as round_to_bfloat16
+from distmerge.methods.trim_kernels import keep_between as keep_between
+from distmerge.methods.trim_kernels import keep_chunk
 
 Array = np.ndarray[Any, Any]
 
 LANES = 256
 """Sums run side by side: as many as hide how long an addition takes."""
 
-_MAGNITUDE = np.int32(0x7FFFFFFF)
-_INFINITY = np.int32(0x7F800000)
-
 _loop = njit(nogil=True, cache=True)
 
 
 @_loop
-def histogram(x: Any, shift: int, prefix_shift: int, prefix: int, counts: Array) -> None:
-    """Count the magnitudes' bits from `shift` on, of those whose bits from `prefix_shift` on equal
-    `prefix`. Infinities and NaN are left out."""
-    mask = np.int32(counts.size - 1)
+def compute(x: Any, out: Array) -> None:
+    """What an operand stands for, in float32."""
     scratch = np.empty(CHUNK, np.float32)
-    for start in range(0, length(x), CHUNK):
-        bits = chunk(x, start, scratch).view(np.int32)
-        for i in range(bits.size):
-            b = bits[i] & _MAGNITUDE
-            if b < _INFINITY and (b >> prefix_shift) == prefix:
-                counts[(b >> shift) & mask] += 1
-
-
-@_loop
-def _mark(part: Array, lo: Any, hi: Any, marks: Array) -> tuple[Any, Any]:
-    """Mark with ones what lies in `lo..hi`; how many lie above, how many aren't finite."""
-    over, beyond = np.int32(0), np.int32(0)
-    for i in range(part.size):
-        b = np.int32(part[i] & _MAGNITUDE)
-        over = np.int32(over + np.int32(b > hi))
-        beyond = np.int32(beyond + np.int32(b >= _INFINITY))
-        marks[i] = np.uint8((b >= lo) & (b <= hi))
-    marks[part.size :] = np.uint8(0)
-    return over, beyond
-
-
-@_loop
-def bracket(x: Any, low: int, high: int, counts: Array) -> tuple[int, int]:
-    """Count each magnitude in `low..high` by its bits; how many lie above, how many are finite."""
-    above, infinite = np.int64(0), np.int64(0)
-    lo, hi = np.int32(low), np.int32(high)
-    scratch = np.empty(CHUNK, np.float32)
-    marks = np.empty(CHUNK, np.uint8)
-    words = marks.view(np.uint64)  # eight marks at a time: most have none
-    for start in range(0, length(x), CHUNK):
-        part = chunk(x, start, scratch).view(np.int32)
-        over, beyond = _mark(part, lo, hi, marks)
-        above += np.int64(over) - np.int64(beyond)
-        infinite += np.int64(beyond)
-        for w in range(words.size):
-            if words[w]:
-                for i in range(8 * w, 8 * w + 8):
-                    if marks[i]:
-                        counts[(part[i] & _MAGNITUDE) - lo] += 1
-    return int(above), int(length(x) - infinite)
-
-
-@_loop
-def inside(x: Any, low: int, high: int) -> tuple[int, int, Array]:
-    """As `bracket`, but the magnitudes in `low..high` are listed instead of counted."""
-    found = np.empty(CHUNK, np.int32)
-    n = 0
-    above, infinite = np.int64(0), np.int64(0)
-    lo, hi = np.int32(low), np.int32(high)
-    scratch = np.empty(CHUNK, np.float32)
-    marks = np.empty(CHUNK, np.uint8)
-    words = marks.view(np.uint64)
-    for start in range(0, length(x), CHUNK):
-        part = chunk(x, start, scratch).view(np.int32)
-        over, beyond = _mark(part, lo, hi, marks)
-        above += np.int64(over) - np.int64(beyond)
-        infinite += np.int64(beyond)
-        if n + CHUNK > found.size:
-            more = np.empty(2 * found.size, np.int32)
-            more[:n] = found[:n]
-            found = more
-        for w in range(words.size):
-            if words[w]:
-                for i in range(8 * w, 8 * w + 8):
-                    if marks[i]:
-                        found[n] = part[i] & _MAGNITUDE
-                        n += 1
-    return int(above), int(length(x) - infinite), found[:n].copy()
+    for start in range(0, out.size, CHUNK):
+        out[start : start + CHUNK] = chunk(x, start, scratch)
 
 
 @_loop
@@ -141,13 +78,17 @@ def trim_and_merge(
     """
     models, n = weights.size, length(deltas)
     kept = np.empty((models, CHUNK), np.float32)
+    marks, hits = np.zeros(CHUNK, np.uint8), np.empty(WORDS + 1, np.uint32)
+    drawn = np.empty(CHUNK, np.float32)
     scratches = np.empty((5, CHUNK), np.float32)
     for start in range(0, n, CHUNK):
         before, after = chunk(base, start, scratches[0]), out[start : start + CHUNK]
         width = before.size
         for m in range(models):
             delta = row_chunk(deltas, m, start, scratches[1])
-            keep_between(delta, bounds[m], streams[m], firsts[m] + start, kept[m, :width])
+            keep_chunk(
+                delta, bounds[m], streams[m], firsts[m] + start, marks, hits, drawn, kept[m, :width]
+            )
             if factors[m] != np.float32(1.0):
                 _weigh(kept[m, :width], factors[m], kept[m, :width])
         merged, share = scratches[2, :width], scratches[3, :width]
@@ -263,18 +204,31 @@ def _add_products(left: Array, right: Array, lanes: Array) -> None:
 
 
 @_loop
-def total(x: Any, magnitudes: bool) -> float:
-    """Sum of the elements, or of their magnitudes, in float64, in the lanes of `dot`."""
+def total(x: Any) -> float:
+    """Sum of the elements in float64, in the lanes of `dot`."""
     lanes = np.zeros(LANES, np.float64)
     scratch = np.empty(CHUNK, np.float32)
     for at in range(0, length(x), CHUNK):
         held = chunk(x, at, scratch)
         for start in range(0, held.size, LANES):
-            if magnitudes:
-                _add_magnitudes(held[start : start + LANES], lanes)
-            else:
-                _add(held[start : start + LANES], lanes)
+            _add(held[start : start + LANES], lanes)
     return in_order(lanes)
+
+
+@_loop
+def magnitudes(x: Any, size: int) -> Array:
+    """Sums of the magnitudes of `size` elements at a time, as `total` would find them."""
+    sums = np.empty((length(x) + size - 1) // size, np.float64)
+    lanes, scratch = np.empty(LANES, np.float64), np.empty(CHUNK, np.float32)
+    for piece in range(sums.size):
+        lanes[:] = 0.0
+        stop = min((piece + 1) * size, length(x))
+        for at in range(piece * size, stop, CHUNK):
+            held = chunk(x, at, scratch[: min(CHUNK, stop - at)])
+            for start in range(0, held.size, LANES):
+                _add_magnitudes(held[start : start + LANES], lanes)
+        sums[piece] = in_order(lanes)
+    return sums
 
 
 @_loop

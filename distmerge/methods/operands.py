@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distmerge.methods.difference import Difference, Operand, computed
+from distmerge.methods.difference import Difference, Operand, Thinned, computed
 from distmerge.methods.fusion import flat, fused_for, fused_loops
 from distmerge.methods.sharing import is_shared, once
 
@@ -84,7 +84,17 @@ def elements(x: Operand) -> Any:
     """What a loop takes as an operand: see `distmerge.methods.chunks`."""
     if isinstance(x, Difference):
         return _as_it_lies(x.model), _as_it_lies(x.base)
+    if isinstance(x, Thinned):
+        return *elements(x.delta), x.bits, x.first
     return _as_it_lies(x)
+
+
+def thinned(x: Thinned) -> Tensor:
+    """What it stands for."""
+    loops, out = fused_loops(), torch.empty(x.shape)
+    assert loops is not None, "where there are none, nothing is left to them"
+    loops.compute(elements(x), flat(out))
+    return out
 
 
 def _as_it_lies(x: Tensor) -> Bits:
@@ -94,14 +104,22 @@ def _as_it_lies(x: Tensor) -> Bits:
 def rows(xs: Sequence[Operand]) -> tuple[Any, list[Bits]]:
     """What a loop takes as rows; and what must be kept until it has returned, as it is given no
     more than addresses."""
-    first = xs[0]
-    if isinstance(first, Difference) and all(
-        isinstance(x, Difference) and x.base is first.base for x in xs
+    deltas = [x.delta if isinstance(x, Thinned) else x for x in xs]
+    first = deltas[0]
+    if not isinstance(first, Difference) or not all(
+        isinstance(x, Difference) and x.base is first.base for x in deltas
     ):
-        held = [_as_it_lies(x.model) for x in xs if isinstance(x, Difference)]
-        return (addresses(held), held[0], _as_it_lies(first.base)), held
-    flats = [flat(computed(x)) for x in xs]
-    return (addresses(flats), flats[0]), flats
+        flats = [flat(computed(x)) for x in xs]
+        return (addresses(flats), flats[0]), flats
+    held = [_as_it_lies(x.model) for x in deltas if isinstance(x, Difference)]
+    operand = addresses(held), held[0], _as_it_lies(first.base)
+    if not any(isinstance(x, Thinned) for x in xs):
+        return operand, held
+    marked = [(x.bits, x.first) if isinstance(x, Thinned) else (None, 0) for x in xs]
+    bits = [0 if one is None else one.ctypes.data for one, _ in marked]
+    firsts = np.array([place for _, place in marked], np.int64)
+    held += [one for one, _ in marked if one is not None]
+    return (*operand, np.array(bits, np.uint64), firsts), held
 
 
 def addresses(held: Sequence[Bits]) -> Bits:

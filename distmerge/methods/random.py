@@ -10,10 +10,14 @@ the element's row-major index, and on nothing else.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from distmerge.methods.difference import Bits
 
 
 def _signed(value: int) -> int:
@@ -43,6 +47,31 @@ def random_bits(stream: int, index: Tensor) -> Tensor:
     return z
 
 
+REMEMBERED = 16 << 20
+"""Bytes that an evaluation remembers: one sixteenth of what bfloat16 task vectors take."""
+
+
+class Remembered:
+    """What was marked at random in one round over a key's blocks, for the next: a bit for each
+    element is less to read than its number takes to draw. What has no room is drawn again."""
+
+    def __init__(self, room: int) -> None:
+        self._room = room
+        self._bits: dict[Hashable, Bits] = {}
+        self._lock = threading.Lock()
+
+    def once(self, what: Hashable, make: Callable[[], Bits]) -> Bits:
+        """What `make` returned when it was first asked for this, if that is remembered."""
+        found = self._bits.get(what)
+        if found is None:
+            found = make()
+            with self._lock:
+                if found.nbytes <= self._room:
+                    self._room -= found.nbytes
+                    self._bits[what] = found
+        return found
+
+
 @dataclass(frozen=True, slots=True)
 class Draw:
     """Random numbers for one block of one tensor: what a method's `rng` parameter receives."""
@@ -51,6 +80,7 @@ class Draw:
     place: tuple[object, ...]
     start: int
     """Row-major index, in the whole tensor, of the block's first element."""
+    remembered: Remembered | None = field(default=None, compare=False, repr=False)
 
     def uniform(self, like: Tensor, model: int = 0) -> Tensor:
         """Uniform numbers in [0, 1), multiples of 2**-24, in the shape of the block `like`.
@@ -64,6 +94,12 @@ class Draw:
     def uniform_at(self, positions: Tensor, model: int = 0) -> Tensor:
         """The numbers that `uniform` would give at these int64 offsets into the block."""
         return uniform(random_bits(self.stream(model), positions + self.start))
+
+    def marks(self, what: Hashable, make: Callable[[], Bits]) -> Bits:
+        """What `make` returns, which depends on this block, on `what` and on nothing else."""
+        if self.remembered is None:
+            return make()
+        return self.remembered.once((self.place, self.start, what), make)
 
     def stream(self, model: int = 0) -> int:
         """The seed of a model's stream: 64 bits, unsigned."""

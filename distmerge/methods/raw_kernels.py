@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from distmerge.methods.chunks import CHUNK, array_at, difference, wide
+from distmerge.methods.blocks import CHUNK
+from distmerge.methods.chunks import array_at, difference, wide
 
 __all__ = ["difference", "weighted_sum"]
 

@@ -116,9 +116,7 @@ def _float64_sum(a: Operand, b: Operand | None) -> float:
     pair = [x for x in (a, b) if x is not None]
     fused = loops_for(*pair)
     if fused is not None:
-        return float(
-            fused.total(elements(a), False) if b is None else fused.dot(*map(elements, pair))
-        )
+        return float(fused.total(elements(a)) if b is None else fused.dot(*map(elements, pair)))
     x = computed(a).double()
     x = x if b is None else x * computed(b).double()
     # torch's own sum, not BLAS: a dot product there may depend on where the operands lie.
@@ -145,21 +143,24 @@ class Norm:
     exact: bool = False
 
     def partial(self, state: Any) -> float:
+        (found,) = self.partials(max(self.x.shape.numel(), 1)) or [0.0]
+        return found
+
+    def partials(self, size: int) -> list[float]:
+        """The same of so many elements at a time."""
         fused = fused_for(self.x)
         if fused is not None:
-            value = float(fused.total(elements(self.x), True))
-            if math.isfinite(value):
-                return value
-        return _float64_sum(_finite(computed(self.x).abs()), None)
+            values: list[float] = fused.magnitudes(elements(self.x), size).tolist()
+            if all(map(math.isfinite, values)):
+                return values
+        whole = [_finite(computed(x).abs()) for x in runs_of(self.x, size)]
+        return [_float64_sum(x, None) for x in whole]
 
     def merge(self, a: float, b: float) -> float:
         return a + b
 
     def finish(self, total: float, state: Any) -> float:
         return total
-
-    def pieces(self, size: int) -> list[Norm]:
-        return [replace(self, x=x) for x in runs_of(self.x, size)]
 
     def bare(self) -> Norm:
         return replace(self, x=torch.empty(0))
@@ -195,9 +196,12 @@ def mean_square(x: Tensor, *, over: Scope = "tensor") -> MeanSquare:
     return MeanSquare(x, over)
 
 
-def in_pieces(question: Question, size: int) -> Sequence[Question]:
-    """The question of so many elements at a time, if it is one that adds up floats."""
-    return question.pieces(size) if isinstance(question, Sums | Norm | MeanSquare) else [question]
+def in_pieces(question: Question, state: Any, size: int) -> list[Any]:
+    """What a block has to say, so many elements at a time if floats are added up."""
+    if isinstance(question, Norm):
+        return question.partials(size)
+    pieces = question.pieces(size) if isinstance(question, Sums | MeanSquare) else [question]
+    return [piece.partial(state) for piece in pieces]
 
 
 @dataclass(frozen=True, slots=True)

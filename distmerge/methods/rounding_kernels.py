@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from distmerge.methods.chunks import CHUNK, wide
+from distmerge.methods.blocks import CHUNK
+from distmerge.methods.chunks import wide
 
 Array = np.ndarray[Any, Any]
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from distmerge.methods.difference import Difference, Operand
+from distmerge.methods.difference import Difference, Operand, Thinned
 
 T = TypeVar("T")
 
@@ -59,6 +59,8 @@ def once(
 def _place(x: Operand) -> Hashable:
     if isinstance(x, Difference):
         return _place(x.model), _place(x.base)
+    if isinstance(x, Thinned):
+        return _place(x.delta), id(x.bits), x.first
     return x.data_ptr(), x.dtype, x.shape, x.stride()
 
 

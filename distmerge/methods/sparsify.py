@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from distmerge.errors import ParameterError
-from distmerge.methods.difference import Operand, computed
+from distmerge.methods.blocks import CHUNK
+from distmerge.methods.difference import Bits, Difference, Operand, Thinned, computed
 from distmerge.methods.fusion import flat, fused_for
 from distmerge.methods.operands import elements
 from distmerge.methods.random import Draw
@@ -33,10 +34,24 @@ def keep_at_random(delta: Operand, keep: float, rng: Draw, model: int) -> Operan
     if fused is None:
         whole = computed(delta)
         return whole * (rng.uniform(whole, model) < keep)
+    if isinstance(delta, Difference):
+
+        def mark() -> Bits:
+            bits = no_marks(delta)
+            stream, size = np.uint64(rng.stream(model)), delta.shape.numel()
+            fused.mark_at_random(stream, rng.start, np.float32(keep), size, bits)
+            return bits
+
+        return Thinned(delta, rng.marks((model, keep), mark))
     out = torch.empty(delta.shape)
     stream = np.uint64(rng.stream(model))
     fused.keep_at_random(elements(delta), stream, rng.start, np.float32(keep), flat(out))
     return out
+
+
+def no_marks(x: Operand) -> Bits:
+    """Room for the marks of so many elements."""
+    return np.empty(-(-x.shape.numel() // CHUNK) * CHUNK // 8, np.uint8)
 
 
 def check_chances(keep: float, spread: float) -> None:
@@ -72,21 +87,28 @@ def _line(width: int, keep: float, spread: float) -> tuple[float, float]:
     return (keep - spread, spread / (width - 1)) if width > 1 else (keep, 0.0)
 
 
-def keep_by_rank(delta: Tensor, keep: float, spread: float, rng: Draw, model: int) -> Tensor:
+def keep_by_rank(delta: Operand, keep: float, spread: float, rng: Draw, model: int) -> Operand:
     """Each entry with its own one of the `chances`, else zero. Blocks are whole rows."""
-    if keep >= 1.0 or not delta.numel():
+    if keep >= 1.0 or not delta.shape.numel():
         return delta
     if keep <= 0.0:
-        return torch.zeros_like(delta)
+        return torch.zeros_like(computed(delta))
     fused = fused_for(delta)
     if fused is None:
-        return delta * (rng.uniform(delta, model) < chances(delta, keep, spread).float())
-    width = delta.shape[-1] if delta.dim() else 1
-    out = torch.empty_like(delta, memory_format=torch.contiguous_format)
-    stream = np.uint64(rng.stream(model))
-    fused.keep_by_rank(
-        flat(delta), width, stream, rng.start, *_line(width, keep, spread), flat(out)
-    )
+        whole = computed(delta)
+        return whole * (rng.uniform(whole, model) < chances(whole, keep, spread).float())
+    width = delta.shape[-1] if delta.shape else 1
+    given = width, np.uint64(rng.stream(model)), rng.start, *_line(width, keep, spread)
+    if isinstance(delta, Difference):
+
+        def mark() -> Bits:
+            bits = no_marks(delta)
+            fused.mark_by_rank(elements(delta), *given, bits)
+            return bits
+
+        return Thinned(delta, rng.marks((model, keep, spread), mark))
+    out = torch.empty(delta.shape)
+    fused.keep_by_rank(elements(delta), *given, flat(out))
     return out
 
 

@@ -12,12 +12,17 @@ from methods.inputs import DTYPES, Models, assert_close
 from methods.trees import apply, merge, merged, plain_loops, programs
 
 from distmerge.errors import ParameterError
+from distmerge.expressions.alignment import align
+from distmerge.expressions.compute_pool import ComputePool
+from distmerge.expressions.evaluate import Evaluation
+from distmerge.expressions.settle import settle
 from distmerge.methods.bands import BandCut, band, keep_band, trim
 from distmerge.methods.cutoff import Cut, cutoff, keep_above
-from distmerge.methods.random import Draw
-from distmerge.methods.reductions import Again, mean_square
+from distmerge.methods.difference import Difference, Thinned, computed, runs_of
+from distmerge.methods.random import Draw, Remembered
+from distmerge.methods.reductions import Again, Norm, mean_square
 from distmerge.methods.sce import spread
-from distmerge.methods.sparsify import chances, keep_by_rank
+from distmerge.methods.sparsify import chances, keep_at_random, keep_by_rank
 
 WEIGHTS = [0.7, 0.2, 0.45]
 SIGNED = [0.9, -0.4, 0.3]
@@ -258,6 +263,75 @@ def test_the_fused_ranks_equal_the_plain_ones(x):
             with plain_loops():
                 plain = keep_by_rank(x, keep, epsilon, DRAW, 1)
             assert torch.equal(fused.nan_to_num(nan=7), plain.nan_to_num(nan=7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(300, 70), (7, 3000), (1, 1), (2000,), (5, 1024)])
+def test_what_is_left_to_the_loops_is_thinned_as_a_tensor_is(dtype, shape):
+    base = (0.02 * normal(*shape)).to(dtype)
+    model = (base.float() + 1e-3 * normal(*shape, seed=1)).to(dtype)
+    model.view(-1)[::61] = math.inf
+    delta = Difference(model, base)
+    for sparsify in (
+        lambda x: keep_at_random(x, 0.4, DRAW, 1),
+        lambda x: keep_by_rank(x, 0.5, 0.2, DRAW, 1),
+    ):
+        found = sparsify(delta)
+        assert isinstance(found, Thinned)
+        with plain_loops():
+            expected = sparsify(model.float() - base.float())
+        assert_same(computed(found), expected)
+        for size in (1, 1000, 1024, 5000):
+            runs = [computed(x).view(-1) for x in runs_of(found, size)]
+            assert_same(torch.cat(runs), expected.view(-1))
+
+
+def assert_same(found, expected):
+    """To the bit, but for what kind of NaN it is."""
+    assert torch.equal(found.isnan(), expected.isnan())
+    bits = [x.nan_to_num(nan=7).view(torch.int32) for x in (found, expected)]
+    assert torch.equal(*bits)
+
+
+@pytest.mark.parametrize("size", [1, 700, 1024, 2500, 10**6])
+def test_magnitudes_are_summed_piece_by_piece(size):
+    base, model = (normal(71, 83, seed=seed).bfloat16() for seed in (0, 1))
+    kept = keep_at_random(Difference(model, base), 0.5, DRAW, 0)
+    expected = [x.double().abs().sum().item() for x in computed(kept).view(-1).split(size)]
+    assert Norm(kept).partials(size) == pytest.approx(expected, rel=1e-13)
+
+
+@pytest.mark.parametrize("method", ["dare_ties", "della"])
+def test_what_was_drawn_is_the_same_remembered_or_drawn_again(method):
+    base = (0.02 * normal(120, 256)).bfloat16()
+    models = [(base.float() + 1e-3 * normal(120, 256, seed=s)).bfloat16() for s in (1, 2)]
+    parameters = {"weight": [1.0, 0.5], "density": [0.5, 0.3]}
+    node = apply(method, [{"w": m} for m in models], {"w": base}, parameters=parameters)
+    given = [leaf["w"].reshape(-1) for leaf in align(node).tensors]
+
+    def read(leaf, span):
+        return given[leaf][span[0] : span[1]]
+
+    with plain_loops():
+        expected = merge(method, models, base, parameters=parameters)
+    found = []
+    for room in (0, 2000, 10**6):  # for none of the blocks, for some, for all
+        evaluation = Evaluation(programs(node)["w"], (120, 256), block=5000, remembered=room)
+        settle([evaluation], [read], ComputePool(1))
+        blocks = [evaluation.block(b, read) for b in range(len(evaluation.grid))]
+        found.append(torch.cat(blocks).view(120, 256))
+        torch.testing.assert_close(found[-1], expected, rtol=1e-5, atol=1e-7)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_a_memory_holds_no_more_than_it_has_room_for():
+    remembered = Remembered(100)
+    small, large = np.zeros(60, np.uint8), np.zeros(60, np.uint8)
+    assert remembered.once("a", lambda: small) is small
+    assert remembered.once("b", lambda: large) is large
+    assert remembered.once("a", lambda: large) is small
+    assert remembered.once("b", lambda: small) is small  # had no room: it is made again
 
 
 def test_rows_longer_than_a_block_are_seen_whole():

@@ -1,0 +1,36 @@
+"""What a method's result must be, and that its inputs stay as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distmerge.errors import MethodError
+from distmerge.expressions.program import Call
+
+
+def checked(step: Call, outcome: Any, like: Tensor, key: str, dtype: torch.dtype) -> Tensor:
+    """A method's result on a block, flat and in this dtype.
+
+    Raises
+        MethodError: it is no tensor of its inputs' shape, or complex.
+    """
+    if not isinstance(outcome, Tensor):
+        got: Any = type(outcome).__name__
+    else:
+        got = outcome.dtype if outcome.is_complex() else tuple(outcome.shape)
+    if got != tuple(like.shape):
+        raise MethodError(
+            f"{step.method.name} returned {got} for {key}.",
+            f"its inputs here have shape {tuple(like.shape)}",
+            fix="return one tensor of the inputs' shape",
+        )
+    flat: Tensor = outcome.to(dtype).reshape(-1)
+    return flat
+
+
+def version_of(tensor: Tensor) -> int:
+    """Goes up when the tensor is written to, as inference tensors, without a count, can't be."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -1,0 +1,102 @@
+"""The fused loops that look for a cut: what is counted, and what is listed, of magnitudes by their
+bits.
+
+As in `distmerge.methods.kernels`, each has a plain torch spelling beside its caller which gives
+the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from distmerge.methods.blocks import CHUNK
+from distmerge.methods.chunks import chunk, length
+from distmerge.methods.mark_kernels import WORDS, first_mark, marked_words
+
+Array = np.ndarray[Any, Any]
+
+_MAGNITUDE = np.int32(0x7FFFFFFF)
+_INFINITY = np.int32(0x7F800000)
+
+_loop = njit(nogil=True, cache=True)
+
+
+@_loop
+def histogram(x: Any, shift: int, prefix_shift: int, prefix: int, counts: Array) -> None:
+    """Count the magnitudes' bits from `shift` on, of those whose bits from `prefix_shift` on equal
+    `prefix`. Infinities and NaN are left out."""
+    mask = np.int32(counts.size - 1)
+    scratch = np.empty(CHUNK, np.float32)
+    for start in range(0, length(x), CHUNK):
+        bits = chunk(x, start, scratch).view(np.int32)
+        for i in range(bits.size):
+            b = bits[i] & _MAGNITUDE
+            if b < _INFINITY and (b >> prefix_shift) == prefix:
+                counts[(b >> shift) & mask] += 1
+
+
+@_loop
+def _mark(part: Array, lo: Any, hi: Any, marks: Array) -> tuple[Any, Any]:
+    """Mark with ones what lies in `lo..hi`; how many lie above, how many aren't finite."""
+    over, beyond = np.int32(0), np.int32(0)
+    for i in range(part.size):
+        b = np.int32(part[i] & _MAGNITUDE)
+        over = np.int32(over + np.int32(b > hi))
+        beyond = np.int32(beyond + np.int32(b >= _INFINITY))
+        marks[i] = np.uint8((b >= lo) & (b <= hi))
+    marks[part.size :] = np.uint8(0)
+    return over, beyond
+
+
+@_loop
+def bracket(x: Any, low: int, high: int, counts: Array) -> tuple[int, int]:
+    """Count each magnitude in `low..high` by its bits; how many lie above, how many are finite."""
+    above, infinite = np.int64(0), np.int64(0)
+    lo, hi = np.int32(low), np.int32(high)
+    scratch = np.empty(CHUNK, np.float32)
+    marks = np.empty(CHUNK, np.uint8)
+    words, hits = marks.view(np.uint64), np.empty(WORDS + 1, np.uint32)
+    for start in range(0, length(x), CHUNK):
+        part = chunk(x, start, scratch).view(np.int32)
+        over, beyond = _mark(part, lo, hi, marks)
+        above += np.int64(over) - np.int64(beyond)
+        infinite += np.int64(beyond)
+        for h in range(marked_words(words, hits)):
+            word = words[hits[h]]
+            while word != np.uint64(0):
+                i = np.uint64(hits[h]) * np.uint64(8) + first_mark(word)
+                word &= word - np.uint64(1)
+                counts[(part[i] & _MAGNITUDE) - lo] += 1
+    return int(above), int(length(x) - infinite)
+
+
+@_loop
+def inside(x: Any, low: int, high: int) -> tuple[int, int, Array]:
+    """As `bracket`, but the magnitudes in `low..high` are listed instead of counted."""
+    found = np.empty(CHUNK, np.int32)
+    n = 0
+    above, infinite = np.int64(0), np.int64(0)
+    lo, hi = np.int32(low), np.int32(high)
+    scratch = np.empty(CHUNK, np.float32)
+    marks = np.empty(CHUNK, np.uint8)
+    words, hits = marks.view(np.uint64), np.empty(WORDS + 1, np.uint32)
+    for start in range(0, length(x), CHUNK):
+        part = chunk(x, start, scratch).view(np.int32)
+        over, beyond = _mark(part, lo, hi, marks)
+        above += np.int64(over) - np.int64(beyond)
+        infinite += np.int64(beyond)
+        if n + CHUNK > found.size:
+            more = np.empty(2 * found.size, np.int32)
+            more[:n] = found[:n]
+            found = more
+        for h in range(marked_words(words, hits)):
+            word = words[hits[h]]
+            while word != np.uint64(0):
+                i = np.uint64(hits[h]) * np.uint64(8) + first_mark(word)
+                word &= word - np.uint64(1)
+                found[n] = part[i] & _MAGNITUDE
+                n += 1
+    return int(above), int(length(x) - infinite), found[:n].copy()

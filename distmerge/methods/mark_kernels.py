@@ -1,0 +1,90 @@
+"""Which of a chunk's elements: marks, a byte for each, and the same in bits, to be kept.
+
+A chunk's bits lie in eight runs of `PLANE` bytes' worth: element `i` has bit `i // PLANE` of byte
+`i % PLANE`, so that packing and unpacking are plain loops over neighbours, which vectorise.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from distmerge.methods.blocks import CHUNK
+
+Array = np.ndarray[Any, Any]
+
+PLANE = CHUNK // 8
+"""Bytes that hold the bits of a chunk."""
+WORDS = CHUNK // 8
+"""Marks are looked at eight at a time: most have none."""
+_PLACES = np.uint64(0x0001020304050607)
+
+_loop = njit(nogil=True, cache=True)
+
+
+@_loop
+def pack(marks: Array, bits: Array) -> None:
+    """A chunk's marks, each zero or one, in bits."""
+    bits[:] = np.uint8(0)
+    for k in range(8):
+        _set(marks[k * PLANE : (k + 1) * PLANE], np.uint8(k), bits)
+
+
+@_loop
+def _set(plane: Array, k: Any, bits: Array) -> None:
+    for j in range(bits.size):
+        bits[j] = np.uint8(bits[j] | np.uint8(plane[j] << k))
+
+
+@_loop
+def unpack(bits: Array, marks: Array) -> None:
+    """The other way."""
+    for k in range(8):
+        _get(bits, np.uint8(k), marks[k * PLANE : (k + 1) * PLANE])
+
+
+@_loop
+def _get(bits: Array, k: Any, plane: Array) -> None:
+    for j in range(bits.size):
+        plane[j] = np.uint8(np.uint8(bits[j] >> k) & np.uint8(1))
+
+
+@_loop
+def thin(x: Array, bits: Array, first: Any, marks: Array) -> None:
+    """Multiply up to a chunk of elements by their marks, in place: one, or zero.
+
+    first: the place of x[0] among the bits. marks: scratch for two chunks.
+    """
+    at, inside = first // CHUNK * PLANE, first % CHUNK
+    unpack(bits[at : at + PLANE], marks[:CHUNK])
+    if inside + x.size > CHUNK:
+        unpack(bits[at + PLANE : at + 2 * PLANE], marks[CHUNK:])
+    _multiply(marks[inside : inside + x.size], x)
+
+
+@_loop
+def _multiply(marks: Array, x: Array) -> None:
+    for i in range(x.size):
+        x[i] *= np.float32(marks[i])
+
+
+# --- a few marks among many, found without a branch that the processor guesses wrong
+
+
+@_loop
+def marked_words(words: Array, hits: Array) -> int:
+    """List the words that hold a mark; how many do?"""
+    n = np.uint32(0)
+    for w in range(np.uint32(words.size)):
+        hits[n] = w
+        n += np.uint32(words[w] != np.uint64(0))
+    return int(n)
+
+
+@_loop
+def first_mark(word: Any) -> Any:
+    """Which of eight bytes, each zero or one, is the first that is one?"""
+    lowest = word & (~word + np.uint64(1))
+    return (lowest * _PLACES) >> np.uint64(56)
