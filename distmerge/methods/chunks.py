@@ -11,8 +11,9 @@ wait for. numba compiles a loop anew for each kind of operand, so one source ser
     (x, base, bits, first)  the same, zero where there is no mark: see `mark_kernels` beside this
     (addresses, x)          rows: float32 arrays at these addresses, as long as `x`, one of them
     (addresses, x, base)    rows: such arrays, or bfloat16 ones, each minus the third
-    (addresses, x, base, marks, firsts)
-                            the same, each zero where it has no mark, if it has bits at all
+    (addresses, x, base, marks, firsts, bits)
+                            the same, each zero where it has no mark: `marks` are addresses of bits,
+                            zero for a row that has none; `bits` are one row's
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def _chunk(x: Any, start: Any, scratch: Any) -> Any:
 
     def thinned(x: Any, start: Any, scratch: Any) -> Any:
         out = chunk((x[0], x[1]), start, scratch)
-        thin(out, x[2], x[3] + start, np.empty(2 * CHUNK, np.uint8))
+        thin(out, x[2], x[3] + start)
         return out
 
     def widened(x: Any, start: Any, scratch: Any) -> Any:
@@ -154,8 +155,7 @@ def _row_chunk(rows: Any, row: Any, start: Any, scratch: Any) -> Any:
         if rows[3][row] != np.uint64(0):
             first = rows[4][row] + start
             stop = (first + out.size + CHUNK - 1) // CHUNK * PLANE
-            marks = np.empty(2 * CHUNK, np.uint8)
-            thin(out, array_at(rows[3][row], stop, marks), first, marks)
+            thin(out, array_at(rows[3][row], stop, rows[5]), first)
         return out
 
-    return {2: as_it_lies, 3: subtracted, 5: thinned}[len(rows)]
+    return {2: as_it_lies, 3: subtracted, 6: thinned}[len(rows)]

@@ -90,7 +90,7 @@ def trim_and_merge(
                 delta, bounds[m], streams[m], firsts[m] + start, marks, hits, drawn, kept[m, :width]
             )
             if factors[m] != np.float32(1.0):
-                _weigh(kept[m, :width], factors[m], kept[m, :width])
+                _scale(factors[m], kept[m, :width])
         merged, share = scratches[2, :width], scratches[3, :width]
         if elects:
             elected = scratches[4, :width]
@@ -148,6 +148,12 @@ def _divide(merged: Array, share: Array, least: Any) -> None:
 def _weigh(kept: Array, weight: Any, merged: Array) -> None:
     for j in range(kept.size):
         merged[j] = kept[j] * weight
+
+
+@_loop
+def _scale(factor: Any, kept: Array) -> None:
+    for j in range(kept.size):
+        kept[j] *= factor
 
 
 @_loop

@@ -1,7 +1,7 @@
 """Which of a chunk's elements: marks, a byte for each, and the same in bits, to be kept.
 
 A chunk's bits lie in eight runs of `PLANE` bytes' worth: element `i` has bit `i // PLANE` of byte
-`i % PLANE`, so that packing and unpacking are plain loops over neighbours, which vectorise.
+`i % PLANE`, so that packing and multiplying are plain loops over neighbours, which vectorise.
 """
 
 from __future__ import annotations
@@ -39,35 +39,27 @@ def _set(plane: Array, k: Any, bits: Array) -> None:
 
 
 @_loop
-def unpack(bits: Array, marks: Array) -> None:
-    """The other way."""
-    for k in range(8):
-        _get(bits, np.uint8(k), marks[k * PLANE : (k + 1) * PLANE])
+def thin(x: Array, bits: Array, first: Any) -> None:
+    """Multiply elements by their marks, in place: one, or zero.
 
-
-@_loop
-def _get(bits: Array, k: Any, plane: Array) -> None:
-    for j in range(bits.size):
-        plane[j] = np.uint8(np.uint8(bits[j] >> k) & np.uint8(1))
-
-
-@_loop
-def thin(x: Array, bits: Array, first: Any, marks: Array) -> None:
-    """Multiply up to a chunk of elements by their marks, in place: one, or zero.
-
-    first: the place of x[0] among the bits. marks: scratch for two chunks.
+    first: the place of x[0] among the bits.
     """
-    at, inside = first // CHUNK * PLANE, first % CHUNK
-    unpack(bits[at : at + PLANE], marks[:CHUNK])
-    if inside + x.size > CHUNK:
-        unpack(bits[at + PLANE : at + 2 * PLANE], marks[CHUNK:])
-    _multiply(marks[inside : inside + x.size], x)
+    done = 0
+    while done < x.size:
+        inside = (first + done) % CHUNK
+        byte = (first + done) // CHUNK * PLANE + inside % PLANE
+        run = min(PLANE - inside % PLANE, x.size - done)
+        which = np.int32(1) << np.int32(inside // PLANE)
+        _multiply(bits, np.uint64(byte), which, x, np.uint64(done), np.uint64(run))
+        done += run
 
 
 @_loop
-def _multiply(marks: Array, x: Array) -> None:
-    for i in range(x.size):
-        x[i] *= np.float32(marks[i])
+def _multiply(bits: Array, byte: Any, which: Any, x: Array, at: Any, run: Any) -> None:
+    # Places rather than slices: to count a slice's owners takes longer than so short a loop.
+    for i in range(run):
+        marked = np.int32(np.int32(bits[byte + i]) & np.int32(which)) != np.int32(0)
+        x[at + i] *= np.float32(1.0) if marked else np.float32(0.0)
 
 
 # --- a few marks among many, found without a branch that the processor guesses wrong

@@ -116,10 +116,10 @@ def rows(xs: Sequence[Operand]) -> tuple[Any, list[Bits]]:
     if not any(isinstance(x, Thinned) for x in xs):
         return operand, held
     marked = [(x.bits, x.first) if isinstance(x, Thinned) else (None, 0) for x in xs]
-    bits = [0 if one is None else one.ctypes.data for one, _ in marked]
+    marks = np.array([0 if one is None else one.ctypes.data for one, _ in marked], np.uint64)
+    bits = [one for one, _ in marked if one is not None]
     firsts = np.array([place for _, place in marked], np.int64)
-    held += [one for one, _ in marked if one is not None]
-    return (*operand, np.array(bits, np.uint64), firsts), held
+    return (*operand, marks, firsts, bits[0]), [*held, *bits]
 
 
 def addresses(held: Sequence[Bits]) -> Bits:

@@ -313,7 +313,7 @@ def test_what_was_drawn_is_the_same_remembered_or_drawn_again(method):
         return given[leaf][span[0] : span[1]]
 
     with plain_loops():
-        expected = merge(method, models, base, parameters=parameters)
+        expected = merge(method, [m.float() for m in models], base.float(), parameters=parameters)
     found = []
     for room in (0, 2000, 10**6):  # for none of the blocks, for some, for all
         evaluation = Evaluation(programs(node)["w"], (120, 256), block=5000, remembered=room)
