@@ -9,14 +9,19 @@ from torch import Tensor
 
 from distmerge.errors import MethodError
 from distmerge.expressions.program import Call
+from distmerge.methods.unrounded import Unrounded
 
 
-def checked(step: Call, outcome: Any, like: Tensor, key: str, dtype: torch.dtype) -> Tensor:
-    """A method's result on a block, flat and in this dtype.
+def checked(
+    step: Call, outcome: Any, like: Tensor, key: str, dtype: torch.dtype
+) -> Tensor | Unrounded:
+    """A method's result on a block, flat and in this dtype; or unrounded, where that is taken.
 
     Raises
         MethodError: it is no tensor of its inputs' shape, or complex.
     """
+    if isinstance(outcome, Unrounded):
+        return outcome
     if not isinstance(outcome, Tensor):
         got: Any = type(outcome).__name__
     else:

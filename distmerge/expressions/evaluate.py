@@ -10,7 +10,7 @@ The same code serves eager merges, the in-process engine and the workers on a cl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Hashable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,13 +21,14 @@ from distmerge.errors import DistmergeError, MethodError
 from distmerge.expressions.contract import checked, version_of
 from distmerge.expressions.dialogue import UNKNOWN, Dialogue, Place
 from distmerge.expressions.gathering import Gathering
-from distmerge.expressions.program import Call, Compute, Program, Read, operands, raw_reads
+from distmerge.expressions.program import Call, Compute, Program, Read, done_by, operands
 from distmerge.expressions.rounds import PEEK, SAMPLE, Begun, ReadBlock, Span
 from distmerge.methods.blocks import BLOCK_ELEMENTS, Grid
 from distmerge.methods.operands import reads_raw
 from distmerge.methods.random import REMEMBERED, Draw, Remembered
 from distmerge.methods.reductions import Question
-from distmerge.methods.sharing import is_plain, once
+from distmerge.methods.sharing import once
+from distmerge.methods.unrounded import is_taken, taken
 
 __all__ = ["Evaluation", "Place"]
 
@@ -57,8 +58,7 @@ class Evaluation:
         remembered: int = REMEMBERED,
     ) -> None:
         """block: elements of a full block; wider ones than others have for seamless programs only.
-        `model_answers` holds `Answered` answers, or states, to questions about the whole
-        model; what this key has to say to those still open is found in `model_partials`.
+        model_answers: answers, `Answered`, or states, to questions about the whole model.
         remembered: bytes of what was drawn that rounds may hand on to the next."""
         self.program = program
         self.grid = Grid(shape, block)
@@ -69,7 +69,7 @@ class Evaluation:
         self._remembered = Remembered(remembered)
         self._gatherings = {i: Gathering() for i, s in calls.items() if self._gathers(s)}
         raw = self.device.type == "cpu" and compute_dtype == torch.float32
-        self._raw = raw_reads(program, self._gatherings) if raw else frozenset()
+        self._raw = program.raw_reads(self._gatherings) if raw else frozenset()
         self._dialogues = {
             i: Dialogue(
                 s,
@@ -102,36 +102,41 @@ class Evaluation:
         """Must this method see the whole tensor although it has several blocks?"""
         return not self.grid.streams(step.sees(self.grid.shape))
 
-    def block(self, index: int, read: ReadBlock) -> Tensor | None:
-        """The result for block `index`, flat; None if that needs answers not known yet.
+    def block(self, index: int, read: ReadBlock) -> Any:
+        """The result for block `index`: a flat tensor, or `Unrounded` where that is taken; None if
+        it needs answers not known yet.
 
         Raises
             MethodError: a method raised or broke its contract.
         """
         result = self._run(index, self.grid.span(index), read)
-        return None if result is UNKNOWN else result.reshape(-1)
+        if isinstance(result, Tensor):
+            return result.reshape(-1)
+        return None if result is UNKNOWN else result
 
     def begin_round(self, read: ReadBlock) -> Begun:
         """Find out whether this round asks: by a look at a few elements, so that no thread waits
         for a whole block, where a method of ours has no need of more."""
         rest = range(len(self.grid))
         if self._peeks and len(rest) > 1:
-            stop = min(self._peeked, self.grid.span(0)[1])
-            asks = self._run(PEEK, (0, stop), read) is UNKNOWN
+            span = 0, min(self._peeked, self.grid.span(0)[1])
+            asks = self._run(PEEK, span, read) is UNKNOWN
             return Begun(settled=not asks, ask=rest if asks else range(0))
         value = self.block(0, read)
         return Begun(value is not None, value, rest[1:] if value is None else range(0))
 
     @property
+    def _calls(self) -> list[Call]:
+        return [step for step in self.program.steps if isinstance(step, Call)]
+
+    @property
     def _peeks(self) -> bool:
-        calls = [s for s in self.program.steps if isinstance(s, Call)]
-        return not self._gatherings and all(s.method.builtin for s in calls)
+        return not self._gatherings and all(step.method.builtin for step in self._calls)
 
     @property
     def _peeked(self) -> int:
         """So many elements, or a row of them where any method sees rows."""
-        calls = [s for s in self.program.steps if isinstance(s, Call)]
-        rows = any(s.sees(self.grid.shape) == "rows" for s in calls)
+        rows = any(step.sees(self.grid.shape) == "rows" for step in self._calls)
         return self.grid.row if rows else PEEKED
 
     @property
@@ -197,19 +202,7 @@ class Evaluation:
             make = partial(self._call, place, step, index, span, found)
         if place == len(self.program.steps) - 1:
             return make()  # each program's own
-        return once(self._same_step(step), found, make, unless=UNKNOWN)
-
-    def _same_step(self, step: Compute | Call) -> Hashable:
-        """What two steps have in common that make the same of the same operands."""
-        if isinstance(step, Compute):
-            number = repr(step.number)  # 0.0 equals -0.0
-            return "compute", step.operator, step.left is None, step.right is None, number
-        if not is_plain(list(step.parameters.values())):
-            return object()  # that of nothing else
-        roles = tuple((name, len(places)) for name, places in step.inputs)
-        drawn = self.seed, step.node, step.key or self.program.key
-        given = repr(sorted(step.parameters.items()))
-        return "call", step.method, roles, step.base is None, step.base_index, given, drawn
+        return once(done_by(step, self.seed, self.program.key), found, make, unless=UNKNOWN)
 
     def _call(self, place: int, step: Call, index: int, span: Span, found: list[Tensor]) -> Any:
         gathering = self._gatherings.get(place)
@@ -231,10 +224,13 @@ class Evaluation:
         """A method's result on one block, or `UNKNOWN`."""
         versions = [version_of(tensor) for tensor in tensors]
         try:
-            outcome = self._invoke(step, index, start, tensors)
-            if isinstance(outcome, Generator):
-                assert dialogue is not None
-                outcome = dialogue.replay(outcome, index, start)
+            # What another step goes on with, or a function of somebody's own, are tensors.
+            last = step is self.program.steps[-1] and step.method.builtin
+            with taken(last and is_taken()):
+                outcome = self._invoke(step, index, start, tensors)
+                if isinstance(outcome, Generator):
+                    assert dialogue is not None
+                    outcome = dialogue.replay(outcome, index, start)
         except DistmergeError:
             raise
         except Exception as error:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from distmerge.methods.blocks import Granularity
 from distmerge.methods.method import MergeMethod
+from distmerge.methods.sharing import is_plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,19 @@ class Program:
             for s in self.steps
         )
 
+    def raw_reads(self, gathered: Collection[int]) -> frozenset[int]:
+        """Steps that read what only methods see which take it as it was read.
+
+        gathered: steps that call a method whose operands are put together first.
+        """
+        widened = {len(self.steps) - 1}
+        for place, step in enumerate(self.steps):
+            if isinstance(step, Compute):
+                widened |= {i for i in (step.left, step.right) if i is not None}
+            elif isinstance(step, Call) and (place in gathered or not step.method.raw):
+                widened |= set(operands(step))
+        return frozenset(i for i, s in enumerate(self.steps) if isinstance(s, Read)) - widened
+
 
 def leaves_of(steps: Sequence[Step]) -> tuple[int, ...]:
     """The leaves that steps read, in order."""
@@ -137,15 +151,16 @@ def moved(step: Step, new: Mapping[int, int]) -> Step:
     return step
 
 
-def raw_reads(program: Program, gathered: Collection[int]) -> frozenset[int]:
-    """Steps that read what only methods see which take it as it was read.
+def done_by(step: Compute | Call, seed: int, key: str) -> Hashable:
+    """What two steps have in common that make the same of the same operands.
 
-    gathered: steps that call a method whose operands are put together first.
-    """
-    widened = {len(program.steps) - 1}
-    for place, step in enumerate(program.steps):
-        if isinstance(step, Compute):
-            widened |= {i for i in (step.left, step.right) if i is not None}
-        elif isinstance(step, Call) and (place in gathered or not step.method.raw):
-            widened |= set(operands(step))
-    return frozenset(i for i, s in enumerate(program.steps) if isinstance(s, Read)) - widened
+    seed, key: of the run, and of the step's program."""
+    if isinstance(step, Compute):
+        number = repr(step.number)  # 0.0 equals -0.0
+        return "compute", step.operator, step.left is None, step.right is None, number
+    if not is_plain(list(step.parameters.values())):
+        return object()  # that of nothing else
+    roles = tuple((name, len(places)) for name, places in step.inputs)
+    drawn = seed, step.node, step.key or key
+    given = repr(sorted(step.parameters.items()))
+    return "call", step.method, roles, step.base is None, step.base_index, given, drawn

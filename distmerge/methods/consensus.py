@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor
 from distmerge.methods.bands import BandCut, edges, trim
 from distmerge.methods.cutoff import EVERYTHING, Cut
 from distmerge.methods.difference import Operand, computed
-from distmerge.methods.fusion import flat, fused_for
+from distmerge.methods.fusion import fused_for
 from distmerge.methods.operands import elements, rows
+from distmerge.methods.unrounded import Unrounded, is_taken
 
 SignWeighting = Literal["weighted", "paper"]
 """Whose sum elects a sign: the weighted task vectors', or the task vectors' as they are. What
@@ -45,9 +46,9 @@ class Consensus:
         factors: Sequence[float] | None = None,
         *,
         cuts: Sequence[Cut | BandCut] | None = None,
-    ) -> Tensor:
+    ) -> Tensor | Unrounded:
         """base + scale * combination of the task vectors, trimmed if there are `cuts`, and then
-        multiplied with the `factors`."""
+        multiplied with the `factors`; unrounded, where that is taken."""
         factors = factors or [1.0] * len(deltas)
         fused = fused_for(*deltas)
         if fused is not None:
@@ -72,13 +73,10 @@ class Consensus:
         deltas: Sequence[Operand],
         factors: Sequence[float],
         cuts: Sequence[Cut | BandCut],
-    ) -> Tensor:
+    ) -> Tensor | Unrounded:
         trims = [edges(cut) for cut in cuts]
         operand, held = rows(deltas)
-        out = torch.empty(base.shape)
-        fused.trim_and_merge(
-            elements(base),
-            operand,
+        given = (
             np.array([trim.bounds for trim in trims], np.float32),
             np.array([trim.stream for trim in trims], np.uint64),
             np.array([trim.first for trim in trims], np.int64),
@@ -90,10 +88,14 @@ class Consensus:
             np.float32(self.least),
             np.float32(self._divisor),
             np.float32(self.scale),
-            flat(out),
         )
-        del held  # until here
-        return out
+
+        def make(out: Any) -> None:
+            fused.trim_and_merge(elements(base), operand, *given, out)
+            assert held  # what the addresses among the operands are of
+
+        result = Unrounded(base.shape, make)
+        return result if is_taken() else result.computed()
 
     @property
     def _divisor(self) -> float:

@@ -28,6 +28,7 @@ from distmerge.methods.random_kernels import keep_at_random as keep_at_random
 from distmerge.methods.random_kernels import mark_at_random as mark_at_random
 from distmerge.methods.rank_kernels import keep_by_rank as keep_by_rank
 from distmerge.methods.rank_kernels import mark_by_rank as mark_by_rank
+from distmerge.methods.rounding_kernels import put, room
 from distmerge.methods.rounding_kernels import round_and_count as round_and_count
 from distmerge.methods.rounding_kernels import round_to_bfloat16 as round_to_bfloat16
 from distmerge.methods.trim_kernels import keep_between as keep_between
@@ -64,7 +65,7 @@ def trim_and_merge(
     least: Any,
     divisor: Any,
     scale: Any,
-    out: Array,
+    out: Any,
 ) -> None:
     """Trim, weigh, add up, scale, add to the base.
 
@@ -75,19 +76,26 @@ def trim_and_merge(
     votes: what each model's entries are multiplied with when signs are elected and compared.
     normalize, least: divide by the sum of the weights that agreed, at least by `least`.
     divisor: of the sum where no sign is elected.
+    out: see `rounding_kernels.put`.
     """
     models, n = weights.size, length(deltas)
     kept = np.empty((models, CHUNK), np.float32)
     marks, hits = np.zeros(CHUNK, np.uint8), np.empty(WORDS + 1, np.uint32)
-    drawn = np.empty(CHUNK, np.float32)
-    scratches = np.empty((5, CHUNK), np.float32)
+    scratches = np.empty((7, CHUNK), np.float32)
     for start in range(0, n, CHUNK):
-        before, after = chunk(base, start, scratches[0]), out[start : start + CHUNK]
+        before, after = chunk(base, start, scratches[0]), room(out, start, scratches[5])
         width = before.size
         for m in range(models):
             delta = row_chunk(deltas, m, start, scratches[1])
             keep_chunk(
-                delta, bounds[m], streams[m], firsts[m] + start, marks, hits, drawn, kept[m, :width]
+                delta,
+                bounds[m],
+                streams[m],
+                firsts[m] + start,
+                marks,
+                hits,
+                scratches[6],
+                kept[m, :width],
             )
             if factors[m] != np.float32(1.0):
                 _scale(factors[m], kept[m, :width])
@@ -109,6 +117,7 @@ def trim_and_merge(
             _divide_by(divisor, merged)
         for j in range(width):
             after[j] = before[j] + merged[j] * scale
+        put(after, start, out)
 
 
 # Loops of their own: within one function LLVM can't tell the arrays apart, and is half as fast.

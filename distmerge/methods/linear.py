@@ -15,8 +15,9 @@ from distmerge.methods.method import PerModel
 from distmerge.methods.operands import addresses, bits, raw_loops, widened
 from distmerge.methods.parameters import in_float32
 from distmerge.methods.signature import describe
+from distmerge.methods.unrounded import Unrounded
 
-Answers = Generator[Any, Any, Tensor]
+Answers = Generator[Any, Any, Tensor | Unrounded]
 Weight = float | np.ndarray[Any, Any]
 """One number, or an array that broadcasts to the tensor: one for each row or column."""
 

@@ -28,6 +28,7 @@ from distmerge.methods.random import Draw
 from distmerge.methods.reductions import Question, Scope
 from distmerge.methods.signature import describe
 from distmerge.methods.sparsify import Rescale, keep_at_random, rescaled
+from distmerge.methods.unrounded import Unrounded
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Density = PerModel[Share]
@@ -40,7 +41,7 @@ def _task_arithmetic(
     weight: PerModel[float],
     normalize: bool = False,
     lambda_: float = 1.0,
-) -> Tensor:
+) -> Tensor | Unrounded:
     """base + lambda * sum(w_i (x_i - base)), the sum divided by sum(w_i) if `normalize`.
 
     Ilharco et al., "Editing models with task arithmetic", 2023, arXiv:2212.04089.

@@ -31,7 +31,8 @@ BARE_LIMIT = 640 * MiB
 """At most this much of what the process held before the merge counts against the merge: models
 that the caller keeps in memory are the caller's."""
 SLACK = 64 * MiB
-"""Open questions, allocator fragmentation, client buffers, Python objects of a unit."""
+"""Open questions, what was drawn (`methods.random.REMEMBERED`), allocator fragmentation, client
+buffers, Python objects of a unit."""
 WINDOW = 8 * MiB
 """Output bytes that are merged together before they go to the writer."""
 WINDOWS = 3

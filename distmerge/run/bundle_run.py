@@ -19,7 +19,8 @@ from distmerge.plan.work import KeyTask, WorkUnit
 from distmerge.run.fetch import Fetched
 from distmerge.run.member import Member
 from distmerge.run.results import Item
-from distmerge.run.unit import UnitContext, UnitRun
+from distmerge.run.unit import UnitRun
+from distmerge.run.unit_context import UnitContext
 from distmerge.run.windows import Window
 from distmerge.write.shard import Receipt
 
@@ -50,7 +51,12 @@ class BundleRun(UnitRun):
         self.runs = [
             UnitRun(
                 unit,
-                replace(context, seed=m.told.seed, model_answers=m.told.known),
+                replace(
+                    context,
+                    seed=m.told.seed,
+                    model_answers=m.told.known,
+                    remembered=context.remembered // len(members),
+                ),
                 m.writer,
             )
             for m, unit in zip(members, own, strict=True)

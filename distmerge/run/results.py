@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from distmerge.checkpoints.tensors import DTYPE_BYTES
 from distmerge.expressions.alignment import TORCH_DTYPES
 from distmerge.expressions.compute_pool import ComputePool
 from distmerge.methods.fusion import flat, fused_for
+from distmerge.methods.operands import bits
+from distmerge.methods.unrounded import Unrounded, taken
 from distmerge.plan.eight_bit import CODES
 from distmerge.plan.memory import CODING
 from distmerge.plan.work import KeyTask
@@ -25,8 +28,8 @@ from distmerge.write.shard import ShardWriter
 
 Item = tuple[int, int]
 """A task of the unit and one of its blocks."""
-Produce = Callable[[int, int], Tensor]
-"""A block's result, flat: in the arithmetic's dtype, or already in the output's."""
+Produce = Callable[[int, int], Any]
+"""A block's result, flat: in the arithmetic's dtype, or already in the output's, or `Unrounded`."""
 BaseBlock = Callable[[int, int], Tensor | None]
 """The base's raw elements of a block, where lost deltas are to be counted."""
 
@@ -47,22 +50,26 @@ class Tally:
         changed, lost = (0, 0) if base is None else _changes(value, out, base)
         self._add(key, finite, changed, lost)
 
-    def round(self, key: str, value: Tensor, out: Tensor, base: Tensor | None) -> bool:
+    def round(self, key: str, value: Tensor | Unrounded, out: Tensor, base: Tensor | None) -> bool:
         """Round float32 to bfloat16 and note what `note` would, in one pass; False where there is
         no such loop."""
-        fused = fused_for(value) if out.dtype == torch.bfloat16 else None
+        if out.dtype != torch.bfloat16:
+            return False
+        known = None if base is None or base.dtype != torch.bfloat16 else bits(base)
+        if isinstance(value, Unrounded):
+            self._add(key, *value.round(bits(out), known))
+            return True
+        fused = fused_for(value)
         if fused is None:
             return False
-        bits = flat(value).view(np.int32)
-        rounded = out.view(torch.int16).numpy().view(np.uint16)
         changed = lost = 0
-        if base is None:
-            finite = fused.round_to_bfloat16(bits, rounded)
-        elif base.dtype == torch.bfloat16:
-            before = base.view(torch.int16).numpy().view(np.uint16)
-            finite, changed, lost = fused.round_and_count(bits, rounded, before)
+        if known is None:
+            finite = fused.round_to_bfloat16(flat(value).view(np.int32), bits(out))
         else:
-            finite = fused.round_to_bfloat16(bits, rounded)
+            finite, changed, lost = fused.round_and_count(
+                flat(value).view(np.int32), bits(out), known
+            )
+        if base is not None and known is None:
             changed, lost = _changes(value, out, base)
         self._add(key, finite, changed, lost)
         return True
@@ -204,7 +211,9 @@ class BlockWriter:
         def fill(placed: tuple[int, tuple[Item, int]]) -> None:
             number, ((task, block), offset) = placed
             try:
-                value, before = produce(task, block), base(task, block)
+                with taken(True):
+                    value = produce(task, block)
+                before = base(task, block)
                 if (window := windows.open(number)) is not None:
                     self.fill(window, offset, task, value, before)
                     windows.filled(number)
@@ -240,12 +249,16 @@ class BlockWriter:
         return (stop - start) * DTYPE_BYTES[task.dtype]
 
     def fill(
-        self, window: Tensor, offset: int, number: int, value: Tensor, base: Tensor | None
+        self, window: Tensor, offset: int, number: int, value: Any, base: Tensor | None
     ) -> None:
-        """Round a block of a task into a window."""
+        """Round a block of a task, a tensor or `Unrounded`, into a window."""
         task = self._tasks[number]
         item = DTYPE_BYTES[task.dtype]
         dtype = TORCH_DTYPES[task.dtype]
+        if isinstance(value, Unrounded):
+            alike = dtype == torch.bfloat16 and (base is None or base.dtype == dtype)
+            if not alike or offset % item:
+                value = value.computed().reshape(-1)
         place = window[offset : offset + value.numel() * item]
         if offset % item == 0:
             out = place.view(dtype)

@@ -7,9 +7,8 @@ written.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -20,7 +19,6 @@ from distmerge.checkpoints.row_map import Unfilled
 from distmerge.checkpoints.views import View
 from distmerge.errors import NonFiniteResult
 from distmerge.expressions.alignment import spec_of
-from distmerge.expressions.compute_pool import ComputePool
 from distmerge.expressions.eager import compute_dtype, differing_integers
 from distmerge.expressions.evaluate import Evaluation, Place
 from distmerge.expressions.model_questions import KeyPartials
@@ -30,30 +28,11 @@ from distmerge.expressions.settle import settle
 from distmerge.methods.reductions import Question
 from distmerge.plan.memory import WINDOW
 from distmerge.plan.work import KeyTask, WorkUnit
-from distmerge.run.fetch import Fetched, Fetcher
+from distmerge.run.fetch import Fetched
 from distmerge.run.results import ROUNDING, BlockWriter, Tally
+from distmerge.run.unit_context import UnitContext
 from distmerge.run.windows import Streamed, Window, batches, is_copied, wanted, windows
 from distmerge.write.shard import ShardWriter
-
-
-@dataclass
-class UnitContext:
-    """What a worker lends to the units it runs."""
-
-    fetcher: Fetcher
-    arena_size: int
-    group: int
-    """Bytes of raw inputs that are read together, if the arena has the room."""
-    gathered: int
-    """Bytes planned for methods that see whole tensors."""
-    pool: ComputePool
-    prefetcher: ThreadPoolExecutor
-    """One thread, which stays one window ahead."""
-    seed: int
-    device: str = "cpu"
-    allow_non_finite: bool = False
-    model_answers: Mapping[Place, Any] = field(default_factory=dict)
-    on_bytes: Callable[[int, int], None] = lambda read, written: None
 
 
 class UnitRun:
@@ -132,6 +111,7 @@ class UnitRun:
             seed=self.context.seed,
             device=self.context.device,
             model_answers=self.context.model_answers,
+            remembered=self.context.remembered,
         )
 
     def process(self, window: Window, fetched: Fetched) -> None:

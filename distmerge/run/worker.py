@@ -23,7 +23,8 @@ from distmerge.plan.work import Source, WorkUnit
 from distmerge.run.allocator import give_back_freed_memory, keep_freed_memory
 from distmerge.run.arena import Arena
 from distmerge.run.fetch import Fetcher
-from distmerge.run.unit import UnitContext, UnitRun
+from distmerge.run.unit import UnitRun
+from distmerge.run.unit_context import UnitContext
 from distmerge.write.output import open_output
 from distmerge.write.shard import Receipt, ShardWriter, receipt_path
 
