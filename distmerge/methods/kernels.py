@@ -23,7 +23,6 @@ from distmerge.methods.chunks import chunk, length, row_chunk
 from distmerge.methods.cutoff_kernels import bracket as bracket
 from distmerge.methods.cutoff_kernels import histogram as histogram
 from distmerge.methods.cutoff_kernels import inside as inside
-from distmerge.methods.mark_kernels import WORDS
 from distmerge.methods.random_kernels import keep_at_random as keep_at_random
 from distmerge.methods.random_kernels import mark_at_random as mark_at_random
 from distmerge.methods.rank_kernels import keep_by_rank as keep_by_rank
@@ -32,7 +31,7 @@ from distmerge.methods.rounding_kernels import put, room
 from distmerge.methods.rounding_kernels import round_and_count as round_and_count
 from distmerge.methods.rounding_kernels import round_to_bfloat16 as round_to_bfloat16
 from distmerge.methods.trim_kernels import keep_between as keep_between
-from distmerge.methods.trim_kernels import keep_chunk
+from distmerge.methods.trim_kernels import keep_chunk, new_scratch
 
 Array = np.ndarray[Any, Any]
 
@@ -80,23 +79,14 @@ def trim_and_merge(
     """
     models, n = weights.size, length(deltas)
     kept = np.empty((models, CHUNK), np.float32)
-    marks, hits = np.zeros(CHUNK, np.uint8), np.empty(WORDS + 1, np.uint32)
-    scratches = np.empty((7, CHUNK), np.float32)
+    scratches, scratch = np.empty((6, CHUNK), np.float32), new_scratch()
     for start in range(0, n, CHUNK):
         before, after = chunk(base, start, scratches[0]), room(out, start, scratches[5])
         width = before.size
         for m in range(models):
             delta = row_chunk(deltas, m, start, scratches[1])
-            keep_chunk(
-                delta,
-                bounds[m],
-                streams[m],
-                firsts[m] + start,
-                marks,
-                hits,
-                scratches[6],
-                kept[m, :width],
-            )
+            where = firsts[m] + start
+            keep_chunk(delta, bounds[m], streams[m], where, scratch, kept[m, :width])
             if factors[m] != np.float32(1.0):
                 _scale(factors[m], kept[m, :width])
         merged, share = scratches[2, :width], scratches[3, :width]

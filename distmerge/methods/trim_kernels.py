@@ -34,25 +34,23 @@ def keep_between(x: Array, bounds: Array, stream: Any, first: int, out: Array) -
     bounds: low, low_share, high, high_share; float32. Infinite `low` drops everything.
     first: the position of x[0] in the stream.
     """
-    marks, hits = np.zeros(CHUNK, np.uint8), np.empty(WORDS + 1, np.uint32)
-    drawn = np.empty(CHUNK, np.float32)
+    scratch = new_scratch()
     for start in range(0, x.size, CHUNK):
         part, kept = x[start : start + CHUNK], out[start : start + CHUNK]
-        keep_chunk(part, bounds, stream, first + start, marks, hits, drawn, kept)
+        keep_chunk(part, bounds, stream, first + start, scratch, kept)
 
 
 @_loop
-def keep_chunk(
-    x: Array,
-    bounds: Array,
-    stream: Any,
-    first: Any,
-    marks: Array,
-    hits: Array,
-    drawn: Array,
-    out: Array,
-) -> None:
-    """`keep_between` of one chunk. `marks`, `hits` and `drawn` are scratch."""
+def new_scratch() -> tuple[Array, Array, Array]:
+    """Room for marks, for words with marks and for numbers drawn."""
+    marks, drawn = np.zeros(CHUNK, np.uint8), np.empty(CHUNK, np.float32)
+    return marks, np.empty(WORDS + 1, np.uint32), drawn
+
+
+@_loop
+def keep_chunk(x: Array, bounds: Array, stream: Any, first: Any, scratch: Any, out: Array) -> None:
+    """`keep_between` of one chunk."""
+    marks, hits, drawn = scratch
     low, low_share, high, high_share = bounds[0], bounds[1], bounds[2], bounds[3]
     zero = np.float32(0.0)
     if low == np.float32(np.inf):
