@@ -57,6 +57,8 @@ def method(name: str, models: list[str], **options: Any) -> Any:
         ("ties", {"k": 0.2, "over": "model"}),
         ("model_stock", {}),
         ("karcher", {}),
+        ("dare_ties", {"density": 0.5, "weight": 1.0}),
+        ("della", {"density": 0.5, "epsilon": 0.1, "weight": 1.0}),
     ],
 )
 def test_the_bits_do_not_depend_on_it(
@@ -75,8 +77,8 @@ def test_the_bits_do_not_depend_on_it(
 
 
 @pytest.mark.usefixtures("fixed_reserve")
-def test_what_is_made_row_by_row_keeps_its_blocks(models: list[str]) -> None:
-    ranked = method("della", models, density=0.5, epsilon=0.1, weight=1.0)
-    assert set(widths(ranked, "2GiB").values()) == {BLOCK_ELEMENTS}
-    mixed = 0.5 * method("ties", models, k=0.2) + 0.5 * ranked
+def test_what_writes_whole_blocks_between_its_steps_keeps_narrow_ones(models: list[str]) -> None:
+    selected = method("sce", models, select_topk=0.5)
+    assert set(widths(selected, "2GiB").values()) == {BLOCK_ELEMENTS}
+    mixed = 0.5 * method("ties", models, k=0.2) + 0.5 * selected
     assert set(widths(mixed, "2GiB").values()) == {BLOCK_ELEMENTS}
