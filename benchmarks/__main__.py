@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from benchmarks import limits
 from benchmarks.bench import Bench, find_mergekit
 from benchmarks.clients import clients_row
@@ -48,7 +50,7 @@ ROWS: dict[str, Row] = {
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Measure, print and write; 1 if a row could not be measured."""
+    """Measure, print and write; 1 if a row could not be measured, 2 if another measures here."""
     options = _options(words)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     if options.list:
@@ -56,6 +58,15 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     work = options.work_dir.resolve()
     work.mkdir(parents=True, exist_ok=True)
+    try:  # a second one here would remove what this one writes
+        with FileLock(work / "benchmarks.lock", timeout=0):
+            return _run(options, work)
+    except Timeout:
+        print(f"Another benchmark runs in {work}; --work-dir names another place.", file=sys.stderr)
+        return 2
+
+
+def _run(options: argparse.Namespace, work: Path) -> int:
     small = options.size == "small"
     mergekit = find_mergekit(work, options.mergekit, skipped=options.skip_mergekit)
     bench = Bench(work, small, options.runs, mergekit)
