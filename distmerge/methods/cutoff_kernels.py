@@ -14,7 +14,7 @@ from numba import njit
 
 from distmerge.methods.blocks import CHUNK
 from distmerge.methods.chunks import chunk, length
-from distmerge.methods.mark_kernels import WORDS, first_mark, marked_words
+from distmerge.methods.mark_kernels import WORDS, places_of
 
 Array = np.ndarray[Any, Any]
 
@@ -57,19 +57,15 @@ def bracket(x: Any, low: int, high: int, counts: Array) -> tuple[int, int]:
     above, infinite = np.int64(0), np.int64(0)
     lo, hi = np.int32(low), np.int32(high)
     scratch = np.empty(CHUNK, np.float32)
-    marks = np.empty(CHUNK, np.uint8)
-    words, hits = marks.view(np.uint64), np.empty(WORDS + 1, np.uint32)
+    marks, hits = np.empty(CHUNK, np.uint8), np.empty(WORDS + 1, np.uint32)
+    places = np.empty(CHUNK, np.uint32)
     for start in range(0, length(x), CHUNK):
         part = chunk(x, start, scratch).view(np.int32)
         over, beyond = _mark(part, lo, hi, marks)
         above += np.int64(over) - np.int64(beyond)
         infinite += np.int64(beyond)
-        for h in range(marked_words(words, hits)):
-            word = words[hits[h]]
-            while word != np.uint64(0):
-                i = np.uint64(hits[h]) * np.uint64(8) + first_mark(word)
-                word &= word - np.uint64(1)
-                counts[(part[i] & _MAGNITUDE) - lo] += 1
+        for j in range(places_of(marks, hits, places)):
+            counts[(part[places[j]] & _MAGNITUDE) - lo] += 1
     return int(above), int(length(x) - infinite)
 
 
@@ -81,8 +77,8 @@ def inside(x: Any, low: int, high: int) -> tuple[int, int, Array]:
     above, infinite = np.int64(0), np.int64(0)
     lo, hi = np.int32(low), np.int32(high)
     scratch = np.empty(CHUNK, np.float32)
-    marks = np.empty(CHUNK, np.uint8)
-    words, hits = marks.view(np.uint64), np.empty(WORDS + 1, np.uint32)
+    marks, hits = np.empty(CHUNK, np.uint8), np.empty(WORDS + 1, np.uint32)
+    places = np.empty(CHUNK, np.uint32)
     for start in range(0, length(x), CHUNK):
         part = chunk(x, start, scratch).view(np.int32)
         over, beyond = _mark(part, lo, hi, marks)
@@ -92,11 +88,7 @@ def inside(x: Any, low: int, high: int) -> tuple[int, int, Array]:
             more = np.empty(2 * found.size, np.int32)
             more[:n] = found[:n]
             found = more
-        for h in range(marked_words(words, hits)):
-            word = words[hits[h]]
-            while word != np.uint64(0):
-                i = np.uint64(hits[h]) * np.uint64(8) + first_mark(word)
-                word &= word - np.uint64(1)
-                found[n] = part[i] & _MAGNITUDE
-                n += 1
+        for j in range(places_of(marks, hits, places)):
+            found[n] = part[places[j]] & _MAGNITUDE
+            n += 1
     return int(above), int(length(x) - infinite), found[:n].copy()

@@ -19,7 +19,8 @@ PLANE = CHUNK // 8
 """Bytes that hold the bits of a chunk."""
 WORDS = CHUNK // 8
 """Marks are looked at eight at a time: most have none."""
-_PLACES = np.uint64(0x0001020304050607)
+_BYTES = np.uint64(0x0001020304050607)
+"""Times the lowest one of eight bytes, each zero or one: its number, in the highest byte."""
 
 _loop = njit(nogil=True, cache=True)
 
@@ -66,17 +67,23 @@ def _multiply(bits: Array, byte: Any, which: Any, x: Array, at: Any, run: Any) -
 
 
 @_loop
-def marked_words(words: Array, hits: Array) -> int:
-    """List the words that hold a mark; how many do?"""
+def places_of(marks: Array, hits: Array, places: Array) -> int:
+    """List where the ones lie among zeros and ones, in order; how many are there?
+
+    marks: a multiple of eight. hits: scratch for an eighth as many and one more. places: room for
+    as many as there are marks.
+    """
+    words = marks.view(np.uint64)
     n = np.uint32(0)
     for w in range(np.uint32(words.size)):
         hits[n] = w
         n += np.uint32(words[w] != np.uint64(0))
-    return int(n)
-
-
-@_loop
-def first_mark(word: Any) -> Any:
-    """Which of eight bytes, each zero or one, is the first that is one?"""
-    lowest = word & (~word + np.uint64(1))
-    return (lowest * _PLACES) >> np.uint64(56)
+    found = np.uint32(0)
+    for h in range(n):
+        word = words[hits[h]]
+        while word != np.uint64(0):
+            lowest = word & (~word + np.uint64(1))
+            places[found] = np.uint64(hits[h]) * np.uint64(8) + ((lowest * _BYTES) >> np.uint64(56))
+            found += np.uint32(1)
+            word &= word - np.uint64(1)
+    return int(found)

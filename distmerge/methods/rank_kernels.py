@@ -17,7 +17,7 @@ from numba import njit
 
 from distmerge.methods.blocks import CHUNK
 from distmerge.methods.chunks import chunk, length
-from distmerge.methods.mark_kernels import PLANE, first_mark, marked_words, pack
+from distmerge.methods.mark_kernels import PLANE, pack, places_of
 from distmerge.methods.random_kernels import draw
 
 Array = np.ndarray[Any, Any]
@@ -110,41 +110,38 @@ def _mark_ranked(
     place: Array,
     drawn: Array,
     doubts: Array,
-    hits: Array,
     least: float,
     step: float,
     marks: Array,
 ) -> None:
     """Rank what is in doubt, and mark it if its number drawn says so. A zero is the same kept or
-    not, and never ranked."""
-    words = doubts.view(np.uint64)
-    found = marked_words(words, hits)
-    if found == 0:
+    not, and never ranked.
+
+    doubts: where they lie.
+    """
+    if doubts.size == 0:
         return
     # The magnitude of a cell that was ranked last, and its chance: equals come often.
     ranked, chance = np.zeros(CELLS, np.int32), np.empty(CELLS, np.float32)
     scans, in_order = 0, bits[:0]
-    for h in range(found):
-        word = words[hits[h]]
-        while word != np.uint64(0):
-            i = np.uint64(hits[h]) * np.uint64(8) + first_mark(word)
-            word &= word - np.uint64(1)
-            c, b = place[i] >> np.uint32(CELL_SHIFT), bits[i]
-            if b == 0:
-                continue
-            if ranked[c] != b:
-                scans += 1
-                if scans == SCANS:
-                    in_order = np.sort(bits)
-                if scans < SCANS:
-                    twice = _twice_rank(bits, b)
-                else:
-                    before = np.searchsorted(in_order, b)
-                    twice = before + np.searchsorted(in_order, b, "right") - 1
-                ranked[c] = b
-                chance[c] = np.float32(least + step * twice)
-            if drawn[i] < chance[c]:
-                marks[i] = np.uint8(1)
+    for j in range(doubts.size):
+        i = doubts[j]
+        c, b = place[i] >> np.uint32(CELL_SHIFT), bits[i]
+        if b == 0:
+            continue
+        if ranked[c] != b:
+            scans += 1
+            if scans == SCANS:
+                in_order = np.sort(bits)
+            if scans < SCANS:
+                twice = _twice_rank(bits, b)
+            else:
+                before = np.searchsorted(in_order, b)
+                twice = before + np.searchsorted(in_order, b, "right") - 1
+            ranked[c] = b
+            chance[c] = np.float32(least + step * twice)
+        if drawn[i] < chance[c]:
+            marks[i] = np.uint8(1)
 
 
 @_loop
@@ -157,7 +154,7 @@ def _mark_rows(
     place, drawn = np.empty(width, np.uint32), np.empty(width, np.float32)
     counts, seen = np.empty(CELLS, np.int32), np.empty(CELLS, np.uint32)
     doubts = np.zeros((width + 7) // 8 * 8, np.uint8)  # to be looked at eight at a time
-    hits = np.empty(doubts.size // 8 + 1, np.uint32)
+    hits, places = np.empty(doubts.size // 8 + 1, np.uint32), np.empty(doubts.size, np.uint32)
     sure, maybe = np.empty(CELLS, np.float32), np.empty(CELLS, np.float32)
     for at in range(0, length(x), width):
         begin = np.uint64(first) + np.uint64(at) + np.uint64(1)
@@ -168,7 +165,8 @@ def _mark_rows(
         _cell_chances(counts, seen, least, step, sure, maybe)
         draw(stream, begin, drawn)
         _mark_by_cell(place, drawn, sure, maybe, found, doubts[:width])
-        _mark_ranked(bits, place, drawn, doubts, hits, least, step, found)
+        doubtful = places[: places_of(doubts, hits, places)]
+        _mark_ranked(bits, place, drawn, doubtful, least, step, found)
 
 
 @_loop

@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 
 from distmerge.methods.blocks import CHUNK
-from distmerge.methods.mark_kernels import WORDS, first_mark, marked_words
+from distmerge.methods.mark_kernels import WORDS, places_of
 from distmerge.methods.random_kernels import draw, number_at
 
 Array = np.ndarray[Any, Any]
@@ -41,16 +41,16 @@ def keep_between(x: Array, bounds: Array, stream: Any, first: int, out: Array) -
 
 
 @_loop
-def new_scratch() -> tuple[Array, Array, Array]:
-    """Room for marks, for words with marks and for numbers drawn."""
-    marks, drawn = np.zeros(CHUNK, np.uint8), np.empty(CHUNK, np.float32)
-    return marks, np.empty(WORDS + 1, np.uint32), drawn
+def new_scratch() -> tuple[Array, Array, Array, Array]:
+    """Room for marks, for what `places_of` needs and for numbers drawn."""
+    marks, hits = np.empty(CHUNK, np.uint8), np.empty(WORDS + 1, np.uint32)
+    return marks, hits, np.empty(CHUNK, np.uint32), np.empty(CHUNK, np.float32)
 
 
 @_loop
 def keep_chunk(x: Array, bounds: Array, stream: Any, first: Any, scratch: Any, out: Array) -> None:
     """`keep_between` of one chunk."""
-    marks, hits, drawn = scratch
+    marks, hits, places, drawn = scratch
     low, low_share, high, high_share = bounds[0], bounds[1], bounds[2], bounds[3]
     zero = np.float32(0.0)
     if low == np.float32(np.inf):
@@ -64,17 +64,12 @@ def keep_chunk(x: Array, bounds: Array, stream: Any, first: Any, scratch: Any, o
         draw(stream, begin, drawn[: x.size])
         _keep_drawn(x, bounds, drawn, out)
         return
-    words = marks.view(np.uint64)
-    for h in range(marked_words(words, hits)):
-        word = words[hits[h]]
-        while word != np.uint64(0):
-            i = np.uint64(hits[h]) * np.uint64(8) + first_mark(word)
-            word &= word - np.uint64(1)
-            magnitude = abs(x[i])
-            number = number_at(stream, begin + i)
-            keeps = (magnitude > low) | (number < low_share)
-            drops = (magnitude > high) | ((magnitude == high) & (number < high_share))
-            out[i] = x[i] if keeps & (not drops) else zero
+    for j in range(places_of(marks, hits, places)):
+        i = places[j]
+        magnitude, number = abs(x[i]), number_at(stream, begin + np.uint64(i))
+        keeps = (magnitude > low) | (number < low_share)
+        drops = (magnitude > high) | ((magnitude == high) & (number < high_share))
+        out[i] = x[i] if keeps & (not drops) else zero
 
 
 @_loop
