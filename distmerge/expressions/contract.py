@@ -15,7 +15,7 @@ from distmerge.methods.unrounded import Unrounded
 def checked(
     step: Call, outcome: Any, like: Tensor, key: str, dtype: torch.dtype
 ) -> Tensor | Unrounded:
-    """A method's result on a block, flat and in this dtype; or unrounded, where that is taken.
+    """A method's result on a block, flat and in this dtype; or unrounded, where that is allowed.
 
     Raises
         MethodError: it is no tensor of its inputs' shape, or complex.

@@ -21,14 +21,14 @@ from distmerge.errors import DistmergeError, MethodError
 from distmerge.expressions.contract import checked, version_of
 from distmerge.expressions.dialogue import UNKNOWN, Dialogue, Place
 from distmerge.expressions.gathering import Gathering
-from distmerge.expressions.program import Call, Compute, Program, Read, done_by, operands
+from distmerge.expressions.program import Call, Compute, Program, Read, operands, sharing_key
 from distmerge.expressions.rounds import PEEK, SAMPLE, Begun, ReadBlock, Span
 from distmerge.methods.blocks import BLOCK_ELEMENTS, Grid
 from distmerge.methods.operands import reads_raw
 from distmerge.methods.random import REMEMBERED, Draw, Remembered
 from distmerge.methods.reductions import Question
 from distmerge.methods.sharing import once
-from distmerge.methods.unrounded import is_taken, taken
+from distmerge.methods.unrounded import allow_unrounded, unrounded_allowed
 
 __all__ = ["Evaluation", "Place"]
 
@@ -103,8 +103,8 @@ class Evaluation:
         return not self.grid.streams(step.sees(self.grid.shape))
 
     def block(self, index: int, read: ReadBlock) -> Any:
-        """The result for block `index`: a flat tensor, or `Unrounded` where that is taken; None if
-        it needs answers not known yet.
+        """The result for block `index`: a flat tensor, or `Unrounded` where that is allowed; None
+        if it needs answers not known yet.
 
         Raises
             MethodError: a method raised or broke its contract.
@@ -202,7 +202,7 @@ class Evaluation:
             make = partial(self._call, place, step, index, span, found)
         if place == len(self.program.steps) - 1:
             return make()  # each program's own
-        return once(done_by(step, self.seed, self.program.key), found, make, unless=UNKNOWN)
+        return once(sharing_key(step, self.seed, self.program.key), found, make, unless=UNKNOWN)
 
     def _call(self, place: int, step: Call, index: int, span: Span, found: list[Tensor]) -> Any:
         gathering = self._gatherings.get(place)
@@ -226,7 +226,7 @@ class Evaluation:
         try:
             # What another step goes on with, or a function of somebody's own, are tensors.
             last = step is self.program.steps[-1] and step.method.builtin
-            with taken(last and is_taken()):
+            with allow_unrounded(last and unrounded_allowed()):
                 outcome = self._invoke(step, index, start, tensors)
                 if isinstance(outcome, Generator):
                     assert dialogue is not None
@@ -243,11 +243,9 @@ class Evaluation:
                 f"{step.method.name} changes its inputs in place (seen on {self.program.key}).",
                 fix="x = x + y instead of x += y, or work on x.clone()",
             )
-        return (
-            outcome
-            if outcome is UNKNOWN
-            else checked(step, outcome, tensors[0], self.program.key, self.compute_dtype)
-        )
+        if outcome is UNKNOWN:
+            return outcome
+        return checked(step, outcome, tensors[0], self.program.key, self.compute_dtype)
 
     def _invoke(self, step: Call, index: int, start: int, tensors: list[Tensor]) -> Any:
         remaining = iter(tensors)

@@ -151,7 +151,7 @@ def moved(step: Step, new: Mapping[int, int]) -> Step:
     return step
 
 
-def done_by(step: Compute | Call, seed: int, key: str) -> Hashable:
+def sharing_key(step: Compute | Call, seed: int, key: str) -> Hashable:
     """What two steps have in common that make the same of the same operands.
 
     seed, key: of the run, and of the step's program."""

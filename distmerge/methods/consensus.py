@@ -17,7 +17,7 @@ from distmerge.methods.cutoff import EVERYTHING, Cut
 from distmerge.methods.difference import Operand, computed
 from distmerge.methods.fusion import fused_for
 from distmerge.methods.operands import elements, rows
-from distmerge.methods.unrounded import Unrounded, is_taken
+from distmerge.methods.unrounded import Unrounded, unrounded_allowed
 
 SignWeighting = Literal["weighted", "paper"]
 """Whose sum elects a sign: the weighted task vectors', or the task vectors' as they are. What
@@ -48,7 +48,7 @@ class Consensus:
         cuts: Sequence[Cut | BandCut] | None = None,
     ) -> Tensor | Unrounded:
         """base + scale * combination of the task vectors, trimmed if there are `cuts`, and then
-        multiplied with the `factors`; unrounded, where that is taken."""
+        multiplied with the `factors`; unrounded, where that is allowed."""
         factors = factors or [1.0] * len(deltas)
         fused = fused_for(*deltas)
         if fused is not None:
@@ -92,10 +92,9 @@ class Consensus:
 
         def make(out: Any) -> None:
             fused.trim_and_merge(elements(base), operand, *given, out)
-            assert held  # what the addresses among the operands are of
 
-        result = Unrounded(base.shape, make)
-        return result if is_taken() else result.computed()
+        result = Unrounded(base.shape, make, held)
+        return result if unrounded_allowed() else result.computed()
 
     @property
     def _divisor(self) -> float:

@@ -48,7 +48,8 @@ def random_bits(stream: int, index: Tensor) -> Tensor:
 
 
 REMEMBERED = 16 << 20
-"""Bytes that an evaluation remembers: one sixteenth of what bfloat16 task vectors take."""
+"""Bytes that an evaluation remembers at most. A bit is a sixteenth of a bfloat16 element, so that
+only the largest tensors come to more."""
 
 
 class Remembered:

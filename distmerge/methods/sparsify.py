@@ -37,7 +37,7 @@ def keep_at_random(delta: Operand, keep: float, rng: Draw, model: int) -> Operan
     if isinstance(delta, Difference):
 
         def mark() -> Bits:
-            bits = no_marks(delta)
+            bits = room_for_marks(delta)
             stream, size = np.uint64(rng.stream(model)), delta.shape.numel()
             fused.mark_at_random(stream, rng.start, np.float32(keep), size, bits)
             return bits
@@ -49,7 +49,7 @@ def keep_at_random(delta: Operand, keep: float, rng: Draw, model: int) -> Operan
     return out
 
 
-def no_marks(x: Operand) -> Bits:
+def room_for_marks(x: Operand) -> Bits:
     """Room for the marks of so many elements."""
     return np.empty(-(-x.shape.numel() // CHUNK) * CHUNK // 8, np.uint8)
 
@@ -102,7 +102,7 @@ def keep_by_rank(delta: Operand, keep: float, spread: float, rng: Draw, model: i
     if isinstance(delta, Difference):
 
         def mark() -> Bits:
-            bits = no_marks(delta)
+            bits = room_for_marks(delta)
             fused.mark_by_rank(elements(delta), *given, bits)
             return bits
 

@@ -29,6 +29,8 @@ class Unrounded:
     shape: torch.Size
     make: Callable[[Any], None]
     """Given where to put it: a float32 array, or what else `rounding_kernels.put` takes."""
+    held: Any = None
+    """What has to live until then: loops are given some arrays by no more than their addresses."""
 
     def numel(self) -> int:
         """How many elements it has."""
@@ -54,15 +56,15 @@ FINITE = 0x7F7F8000
 
 
 @contextmanager
-def taken(taken: bool) -> Iterator[None]:
-    """Are results taken unrounded, in this thread? The innermost `with` decides."""
-    before, _now.taken = is_taken(), taken
+def allow_unrounded(allowed: bool) -> Iterator[None]:
+    """May results be left unrounded, in this thread? The innermost `with` decides."""
+    before, _now.allowed = unrounded_allowed(), allowed
     try:
         yield
     finally:
-        _now.taken = before
+        _now.allowed = before
 
 
-def is_taken() -> bool:
-    """May a result be left unrounded?"""
-    return getattr(_now, "taken", False)
+def unrounded_allowed() -> bool:
+    """Is whoever asked for a result content with `Unrounded`?"""
+    return getattr(_now, "allowed", False)

@@ -19,7 +19,7 @@ from distmerge.expressions.alignment import TORCH_DTYPES
 from distmerge.expressions.compute_pool import ComputePool
 from distmerge.methods.fusion import flat, fused_for
 from distmerge.methods.operands import bits
-from distmerge.methods.unrounded import Unrounded, taken
+from distmerge.methods.unrounded import Unrounded, allow_unrounded
 from distmerge.plan.eight_bit import CODES
 from distmerge.plan.memory import CODING
 from distmerge.plan.work import KeyTask
@@ -62,16 +62,12 @@ class Tally:
         fused = fused_for(value)
         if fused is None:
             return False
-        changed = lost = 0
-        if known is None:
-            finite = fused.round_to_bfloat16(flat(value).view(np.int32), bits(out))
+        exact = flat(value).view(np.int32)
+        if known is not None:
+            self._add(key, *fused.round_and_count(exact, bits(out), known))
         else:
-            finite, changed, lost = fused.round_and_count(
-                flat(value).view(np.int32), bits(out), known
-            )
-        if base is not None and known is None:
-            changed, lost = _changes(value, out, base)
-        self._add(key, finite, changed, lost)
+            finite = fused.round_to_bfloat16(exact, bits(out))
+            self._add(key, finite, *((0, 0) if base is None else _changes(value, out, base)))
         return True
 
     def _add(self, key: str, finite: bool, changed: int, lost: int) -> None:
@@ -211,7 +207,7 @@ class BlockWriter:
         def fill(placed: tuple[int, tuple[Item, int]]) -> None:
             number, ((task, block), offset) = placed
             try:
-                with taken(True):
+                with allow_unrounded(True):
                     value = produce(task, block)
                 before = base(task, block)
                 if (window := windows.open(number)) is not None:

@@ -8,7 +8,7 @@ import torch
 from distmerge.methods.consensus import Consensus
 from distmerge.methods.difference import Difference
 from distmerge.methods.operands import bits
-from distmerge.methods.unrounded import Unrounded, taken
+from distmerge.methods.unrounded import Unrounded, allow_unrounded
 
 
 @pytest.mark.parametrize("elect", [None, "weighted"])
@@ -23,7 +23,7 @@ def test_what_is_left_unrounded_is_rounded_as_torch_does(elect, dtype, spoil):
         models[0][7] = spoil
     consensus = Consensus([1.0, 0.3], elect)
     deltas = [Difference(model, base) for model in models]
-    with taken(True):
+    with allow_unrounded(True):
         left = consensus.merge(base, deltas)
     assert isinstance(left, Unrounded)
     exact = consensus.merge(base, deltas)
@@ -43,6 +43,6 @@ def test_what_is_left_unrounded_is_rounded_as_torch_does(elect, dtype, spoil):
 def test_only_who_takes_results_unrounded_is_given_them():
     base, model = torch.zeros(10), torch.ones(10)
     merged = [Consensus([1.0]).merge(base, [Difference(model, base)])]
-    with taken(True), taken(False):
+    with allow_unrounded(True), allow_unrounded(False):
         merged.append(Consensus([1.0]).merge(base, [Difference(model, base)]))
     assert all(isinstance(one, torch.Tensor) for one in merged)
