@@ -48,12 +48,13 @@ def _to_one_torch_thread() -> int:
 
 
 class ComputePool:
-    """`threads` threads, started once; with one, the caller's own thread does the work."""
+    """`threads` threads side by side, of which the caller's own is one; the others are started
+    once."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self._pool = (
-            ThreadPoolExecutor(threads, "distmerge-block", _to_one_torch_thread)
+        self._others = (
+            ThreadPoolExecutor(threads - 1, "distmerge-block", _to_one_torch_thread)
             if threads > 1
             else None
         )
@@ -63,36 +64,38 @@ class ComputePool:
 
         Threads pull items one by one, so a handful of futures serves a hundred thousand items.
         """
-        if self._pool is None or len(items) <= 1:
+        if self._others is None or len(items) <= 1:
             return [_without_grad(function, item) for item in items]
         results: list[R | None] = [None] * len(items)
         todo = iter(range(len(items)))
         failed = threading.Event()
 
-        def pull() -> None:
+        def pull() -> Exception | None:
             for i in todo:
                 if failed.is_set():
-                    return
+                    break
                 try:
                     results[i] = _without_grad(function, items[i])
-                except BaseException:
+                except Exception as error:
                     failed.set()
-                    raise
+                    return error
+            return None
 
-        futures = [self._pool.submit(pull) for _ in range(min(self.threads, len(items)))]
+        others = [self._others.submit(pull) for _ in range(min(self.threads, len(items)) - 1)]
         try:
-            for future in futures:
-                future.exception()  # let every thread stop before anything is torn down
+            # Every thread stops before anything is torn down.
+            errors = [pull(), *(other.result() for other in others)]
         except BaseException:  # an interrupt: what was asked for isn't wanted any more
             failed.set()
             raise
-        for future in futures:
-            future.result()
+        for error in errors:
+            if error is not None:
+                raise error
         return results  # type: ignore[return-value]
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown()
+        if self._others is not None:
+            self._others.shutdown()
 
 
 def _without_grad(function: Callable[[T], R], item: T) -> R:

@@ -37,7 +37,7 @@ WINDOW = 8 * MiB
 """Output bytes that are merged together before they go to the writer."""
 WINDOWS = 3
 """That threads fill, that wait and that are written, together."""
-GROUP = 16 * MiB
+GROUP = 32 * MiB
 """Raw bytes that are read together: long enough for long requests, small enough to overlap."""
 FAR_GROUP = 64 * MiB
 """The same where an input is behind a network: each group waits once for an answer to come."""
