@@ -9,6 +9,7 @@ wait for. numba compiles a loop anew for each kind of operand, so one source ser
     uint16 array            bfloat16
     (x, base)               the difference of two arrays
     (x, base, bits, first)  the same, zero where there is no mark: see `mark_kernels` beside this
+    (rows, scratches)       how far rows are apart: the sum of squared differences from their mean
     (addresses, x)          rows: float32 arrays at these addresses, as long as `x`, one of them
     (addresses, x, base)    rows: such arrays, or bfloat16 ones, each minus the third
     (addresses, x, base, marks, firsts, bits)
@@ -69,6 +70,20 @@ def difference(x: Array, base: Array, out: Array) -> None:
         out[i] = value(x[i]) - value(base[i])
 
 
+@_loop
+def _add_apart(x: Array, first: Array, squares: Array, total: Array) -> None:
+    for i in range(x.size):
+        apart = x[i] - first[i]
+        total[i] += apart
+        squares[i] += apart * apart
+
+
+@_loop
+def _subtract_mean(total: Array, share: Any, squares: Array) -> None:
+    for i in range(total.size):
+        squares[i] -= total[i] * total[i] * share
+
+
 def _as_pointer(typing: Any, address: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
         return builder.inttoptr(given[0], context.get_value_type(signature.return_type))
@@ -98,12 +113,19 @@ def _length(x: Any) -> Any:
         def second(x: Any) -> Any:
             return x[1].size
 
-        return second
+        def of_rows(x: Any) -> Any:
+            return length(x[0])
+
+        return of_rows if _has_rows(x) else second
 
     def own(x: Any) -> Any:
         return x.size
 
     return own
+
+
+def _has_rows(x: Any) -> bool:
+    return isinstance(x[0], types.BaseTuple)
 
 
 def chunk(x: Any, start: int, scratch: Array) -> Array:
@@ -123,6 +145,16 @@ def _chunk(x: Any, start: Any, scratch: Any) -> Any:
         thin(out, x[2], x[3] + start)
         return out
 
+    def apart(x: Any, start: Any, scratch: Any) -> Any:
+        rows, scratches = x
+        first = row_chunk(rows, 0, start, scratches[0])
+        squares, total = scratch[: first.size], scratches[1, : first.size]
+        squares[:], total[:] = np.float32(0.0), np.float32(0.0)
+        for row in range(1, rows[0].size):
+            _add_apart(row_chunk(rows, row, start, scratches[2]), first, squares, total)
+        _subtract_mean(total, np.float32(1.0 / rows[0].size), squares)
+        return squares
+
     def widened(x: Any, start: Any, scratch: Any) -> Any:
         out = scratch[: min(scratch.size, x.size - start)]
         widen(x[start : start + out.size], out)
@@ -132,6 +164,8 @@ def _chunk(x: Any, start: Any, scratch: Any) -> Any:
         return x[start : start + scratch.size]
 
     if isinstance(x, types.BaseTuple):
+        if _has_rows(x):
+            return apart
         return subtracted if len(x) == 2 else thinned
     return widened if x.dtype == types.uint16 else as_it_lies
 

@@ -24,7 +24,7 @@ from distmerge.methods.difference import Operand, computed
 from distmerge.methods.fusion import fused_for
 from distmerge.methods.operands import elements
 from distmerge.methods.random import Draw
-from distmerge.methods.ranks import Counts, bucket_of, kept_count
+from distmerge.methods.ranks import Counts, bucket_of, kept_count, largest_of
 from distmerge.methods.reductions import Again, Scope
 from distmerge.methods.sharing import is_shared, once
 
@@ -93,7 +93,8 @@ class _Inside:
     """What a bracket pass finds."""
 
     above: int
-    finite: int
+    counted: int
+    """How many magnitudes there are: finite ones, without zeros where these don't count."""
     counts: Counts | None = field(repr=False)
     """By bits above the bracket's low end; None where they are listed."""
     found: list[Counts] = field(repr=False)
@@ -162,36 +163,38 @@ class Cutoff:
         """Zeros, where they don't count."""
         if self.rule != "nonzero":
             return 0
+        fused = fused_for(self.x)
+        if fused is not None:
+            return int(fused.zeros(elements(self.x)))
         x = computed(self.x)
         return x.numel() - int(torch.count_nonzero(x))
 
     def _inside(self, state: _Bracket) -> _Inside:
-        low, high = state.low, state.high
+        low, high, nonzero = state.low, state.high, self.rule == "nonzero"
         counts = None if state.listed else np.zeros(high - low + 1, np.int32)
         found = []
         fused = fused_for(self.x)
         if fused is not None:
             if counts is None:
-                above, finite, inside = fused.inside(elements(self.x), low, high)
+                above, counted, inside = fused.inside(elements(self.x), low, high, nonzero)
                 found = [inside]
             else:
-                above, finite = fused.bracket(elements(self.x), low, high, counts)
+                above, counted = fused.bracket(elements(self.x), low, high, nonzero, counts)
         else:
             known = computed(self.x).abs().reshape(-1).view(_INTEGER[self.dtype])
             known = known[known < _INFINITE[self.dtype]]
-            above, finite = int((known > high).sum()), known.numel()
-            within = known[(known >= low) & (known <= high)]
+            above, counted = int((known > high).sum()), known.numel() - self._uncounted()
+            within = known[(known >= low) & (known <= high)].cpu().numpy()
             if counts is None:
-                found = [within.cpu().numpy()]
+                found = [within]
             else:
-                size = len(counts)
-                counts += torch.bincount(within - low, minlength=size).cpu().numpy().astype("i4")
-        return _Inside(above, finite - self._uncounted(), counts, found)
+                counts += np.bincount(within - low, minlength=len(counts)).astype(np.int32)
+        return _Inside(above, counted, counts, found)
 
     def merge(self, a: Any, b: Any) -> Any:
         if isinstance(a, _Inside):
             counts = None if a.counts is None else a.counts + b.counts
-            return _Inside(a.above + b.above, a.finite + b.finite, counts, a.found + b.found)
+            return _Inside(a.above + b.above, a.counted + b.counted, counts, a.found + b.found)
         a += b
         return a
 
@@ -215,15 +218,12 @@ class Cutoff:
         return self._cut(prefix, (state.wanted - above) / int(total[bucket]))
 
     def _finish_bracket(self, total: _Inside, state: _Bracket) -> Cut | Again:
-        wanted = self.wanted(total.finite) - total.above
+        wanted = self.wanted(total.counted) - total.above
         if total.counts is None:
-            # Sorted: with as many equals as bfloat16 has, np.partition takes ten times as long.
-            found = np.sort(np.concatenate(total.found))
+            found = np.concatenate(total.found)
             if not 0 < wanted <= len(found):
                 return Again(None)
-            bits = int(found[len(found) - wanted])
-            first, last = np.searchsorted(found, [bits, bits + 1])
-            above, equal = len(found) - int(last), int(last - first)
+            bits, above, equal = largest_of(found, wanted)
         else:
             if not 0 < wanted <= int(total.counts.sum()):
                 return Again(None)

@@ -39,6 +39,23 @@ def histogram(x: Any, shift: int, prefix_shift: int, prefix: int, counts: Array)
 
 
 @_loop
+def zeros(x: Any) -> int:
+    """How many are there?"""
+    scratch, found = np.empty(CHUNK, np.float32), np.int64(0)
+    for start in range(0, length(x), CHUNK):
+        found += np.int64(_zeros(chunk(x, start, scratch)))
+    return int(found)
+
+
+@_loop
+def _zeros(part: Array) -> Any:
+    found = np.int32(0)
+    for i in range(part.size):
+        found = np.int32(found + np.int32(part[i] == np.float32(0.0)))
+    return found
+
+
+@_loop
 def _mark(part: Array, lo: Any, hi: Any, marks: Array) -> tuple[Any, Any]:
     """Mark with ones what lies in `lo..hi`; how many lie above, how many aren't finite."""
     over, beyond = np.int32(0), np.int32(0)
@@ -52,9 +69,10 @@ def _mark(part: Array, lo: Any, hi: Any, marks: Array) -> tuple[Any, Any]:
 
 
 @_loop
-def bracket(x: Any, low: int, high: int, counts: Array) -> tuple[int, int]:
-    """Count each magnitude in `low..high` by its bits; how many lie above, how many are finite."""
-    above, infinite = np.int64(0), np.int64(0)
+def bracket(x: Any, low: int, high: int, nonzero: bool, counts: Array) -> tuple[int, int]:
+    """Count each magnitude in `low..high` by its bits; how many lie above, how many are finite,
+    and not zero if only such count."""
+    above, uncounted = np.int64(0), np.int64(0)
     lo, hi = np.int32(low), np.int32(high)
     scratch = np.empty(CHUNK, np.float32)
     marks, hits = np.empty(CHUNK, np.uint8), np.empty(WORDS + 1, np.uint32)
@@ -63,18 +81,20 @@ def bracket(x: Any, low: int, high: int, counts: Array) -> tuple[int, int]:
         part = chunk(x, start, scratch).view(np.int32)
         over, beyond = _mark(part, lo, hi, marks)
         above += np.int64(over) - np.int64(beyond)
-        infinite += np.int64(beyond)
+        uncounted += np.int64(beyond)
+        if nonzero:
+            uncounted += np.int64(_zeros(part.view(np.float32)))
         for j in range(places_of(marks, hits, places)):
             counts[(part[places[j]] & _MAGNITUDE) - lo] += 1
-    return int(above), int(length(x) - infinite)
+    return int(above), int(length(x) - uncounted)
 
 
 @_loop
-def inside(x: Any, low: int, high: int) -> tuple[int, int, Array]:
+def inside(x: Any, low: int, high: int, nonzero: bool) -> tuple[int, int, Array]:
     """As `bracket`, but the magnitudes in `low..high` are listed instead of counted."""
     found = np.empty(CHUNK, np.int32)
     n = 0
-    above, infinite = np.int64(0), np.int64(0)
+    above, uncounted = np.int64(0), np.int64(0)
     lo, hi = np.int32(low), np.int32(high)
     scratch = np.empty(CHUNK, np.float32)
     marks, hits = np.empty(CHUNK, np.uint8), np.empty(WORDS + 1, np.uint32)
@@ -83,7 +103,9 @@ def inside(x: Any, low: int, high: int) -> tuple[int, int, Array]:
         part = chunk(x, start, scratch).view(np.int32)
         over, beyond = _mark(part, lo, hi, marks)
         above += np.int64(over) - np.int64(beyond)
-        infinite += np.int64(beyond)
+        uncounted += np.int64(beyond)
+        if nonzero:
+            uncounted += np.int64(_zeros(part.view(np.float32)))
         if n + CHUNK > found.size:
             more = np.empty(2 * found.size, np.int32)
             more[:n] = found[:n]
@@ -91,4 +113,4 @@ def inside(x: Any, low: int, high: int) -> tuple[int, int, Array]:
         for j in range(places_of(marks, hits, places)):
             found[n] = part[places[j]] & _MAGNITUDE
             n += 1
-    return int(above), int(length(x) - infinite), found[:n].copy()
+    return int(above), int(length(x) - uncounted), found[:n].copy()

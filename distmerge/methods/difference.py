@@ -54,7 +54,23 @@ class Thinned:
         return self.delta.shape
 
 
-Unmade = Difference | Thinned
+@dataclass(frozen=True, slots=True, eq=False)
+class Spread:
+    """Element by element, how far tensors are apart: see `distmerge.methods.sce`."""
+
+    rows: Any
+    """The tensors as loops take rows of them."""
+    held: Any
+    """What has to live as long, as loops are given no more than its addresses."""
+    shape: torch.Size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the elements, once they are computed."""
+        return torch.float32
+
+
+Unmade = Difference | Thinned | Spread
 Operand = Tensor | Unmade
 """What questions are asked about."""
 
@@ -65,9 +81,9 @@ def computed(x: Operand) -> Tensor:
         return x
     if isinstance(x, Difference):
         return x.model.float() - x.base.float()
-    from distmerge.methods.operands import thinned  # which loads the loops: there are some
+    from distmerge.methods.operands import made  # which loads the loops: there are some
 
-    return thinned(x)
+    return made(x)
 
 
 Of = TypeVar("Of", bound=Operand)
@@ -83,11 +99,11 @@ def runs_of(x: Of, size: int) -> list[Of]:
 
 
 def _run_of(x: Operand, start: int, stop: int) -> Operand:
-    if isinstance(x, Tensor):
-        return x.reshape(-1)[start:stop]
     if isinstance(x, Thinned):
         return Thinned(_between(x.delta, start, stop), x.bits, x.first + start)
-    return _between(x, start, stop)
+    if isinstance(x, Difference):
+        return _between(x, start, stop)
+    return computed(x).reshape(-1)[start:stop]
 
 
 def _between(x: Difference, start: int, stop: int) -> Difference:

@@ -23,6 +23,7 @@ from distmerge.methods.chunks import chunk, length, row_chunk
 from distmerge.methods.cutoff_kernels import bracket as bracket
 from distmerge.methods.cutoff_kernels import histogram as histogram
 from distmerge.methods.cutoff_kernels import inside as inside
+from distmerge.methods.cutoff_kernels import zeros as zeros
 from distmerge.methods.random_kernels import keep_at_random as keep_at_random
 from distmerge.methods.random_kernels import mark_at_random as mark_at_random
 from distmerge.methods.rank_kernels import keep_by_rank as keep_by_rank
@@ -32,6 +33,7 @@ from distmerge.methods.rounding_kernels import round_and_count as round_and_coun
 from distmerge.methods.rounding_kernels import round_to_bfloat16 as round_to_bfloat16
 from distmerge.methods.trim_kernels import keep_between as keep_between
 from distmerge.methods.trim_kernels import keep_chunk, new_scratch
+from distmerge.methods.trim_kernels import mark_between as mark_between
 
 Array = np.ndarray[Any, Any]
 
@@ -162,35 +164,6 @@ def _divide_by(divisor: Any, merged: Array) -> None:
 
 
 @_loop
-def spread(xs: Array, out: Array) -> None:
-    """The sum of squared differences from the mean, element by element. xs: models x elements."""
-    models, n = xs.shape
-    share = np.float32(1.0 / models)
-    total = np.empty(CHUNK, np.float32)
-    for start in range(0, n, CHUNK):
-        squares = out[start : start + CHUNK]
-        first, width = xs[0, start : start + CHUNK], squares.size
-        for j in range(width):
-            squares[j] = np.float32(0.0)
-            total[j] = np.float32(0.0)
-        for m in range(1, models):
-            x = xs[m, start : start + CHUNK]
-            for j in range(width):
-                apart = x[j] - first[j]
-                total[j] += apart
-                squares[j] += apart * apart
-        for j in range(width):
-            squares[j] -= total[j] * total[j] * share
-
-
-@_loop
-def keep_where(x: Array, mask: Array, out: Array) -> None:
-    """`x` where `mask` is not zero, zero elsewhere."""
-    for i in range(x.size):
-        out[i] = x[i] if mask[i] != np.float32(0.0) else np.float32(0.0)
-
-
-@_loop
 def dot(x: Any, y: Any) -> float:
     """Sum of products in float64, in lanes that are added up in order at the end."""
     lanes = np.zeros(LANES, np.float64)
@@ -199,6 +172,18 @@ def dot(x: Any, y: Any) -> float:
         left, right = chunk(x, at, scratches[0]), chunk(y, at, scratches[1])
         for start in range(0, left.size, LANES):
             _add_products(left[start : start + LANES], right[start : start + LANES], lanes)
+    return in_order(lanes)
+
+
+@_loop
+def squares(x: Any) -> float:
+    """The sum of the squares, as `dot` would find it."""
+    lanes, scratch = np.zeros(LANES, np.float64), np.empty(CHUNK, np.float32)
+    for at in range(0, length(x), CHUNK):
+        held = chunk(x, at, scratch)
+        for start in range(0, held.size, LANES):
+            part = held[start : start + LANES]
+            _add_products(part, part, lanes)
     return in_order(lanes)
 
 

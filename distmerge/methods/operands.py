@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distmerge.methods.difference import Difference, Operand, Thinned, computed
+from distmerge.methods.blocks import CHUNK
+from distmerge.methods.difference import Difference, Operand, Spread, Thinned, computed
 from distmerge.methods.fusion import flat, fused_for, fused_loops
 from distmerge.methods.sharing import is_shared, once
 
@@ -86,10 +87,12 @@ def elements(x: Operand) -> Any:
         return _as_it_lies(x.model), _as_it_lies(x.base)
     if isinstance(x, Thinned):
         return *elements(x.delta), x.bits, x.first
+    if isinstance(x, Spread):
+        return x.rows, np.empty((3, CHUNK), np.float32)
     return _as_it_lies(x)
 
 
-def thinned(x: Thinned) -> Tensor:
+def made(x: Thinned | Spread) -> Tensor:
     """What it stands for."""
     loops, out = fused_loops(), torch.empty(x.shape)
     assert loops is not None, "where there are none, nothing is left to them"

@@ -116,7 +116,9 @@ def _float64_sum(a: Operand, b: Operand | None) -> float:
     pair = [x for x in (a, b) if x is not None]
     fused = loops_for(*pair)
     if fused is not None:
-        return float(fused.total(elements(a)) if b is None else fused.dot(*map(elements, pair)))
+        if b is None or b is a:
+            return float((fused.total if b is None else fused.squares)(elements(a)))
+        return float(fused.dot(*map(elements, pair)))
     x = computed(a).double()
     x = x if b is None else x * computed(b).double()
     # torch's own sum, not BLAS: a dot product there may depend on where the operands lie.
@@ -170,12 +172,12 @@ class Norm:
 class MeanSquare:
     """The mean of the squares of all elements, a float; 0 of none."""
 
-    x: Tensor
+    x: Operand
     over: Scope = "tensor"
     exact: bool = False
 
     def partial(self, state: Any) -> np.ndarray[Any, Any]:
-        return np.array([_sum_of_products(self.x, self.x), self.x.numel()], dtype=np.float64)
+        return np.array([_sum_of_products(self.x, self.x), self.x.shape.numel()], dtype=np.float64)
 
     def merge(self, a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         total: np.ndarray[Any, Any] = a + b
@@ -188,10 +190,10 @@ class MeanSquare:
         return [replace(self, x=x) for x in runs_of(self.x, size)]
 
     def bare(self) -> MeanSquare:
-        return replace(self, x=self.x.new_empty(0))
+        return replace(self, x=torch.empty(0))
 
 
-def mean_square(x: Tensor, *, over: Scope = "tensor") -> MeanSquare:
+def mean_square(x: Operand, *, over: Scope = "tensor") -> MeanSquare:
     """The mean of the squares of all elements, a float."""
     return MeanSquare(x, over)
 

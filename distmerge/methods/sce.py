@@ -2,55 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmerge.methods.bands import trim
+from distmerge.methods.bands import edges, trim
 from distmerge.methods.consensus import Consensus
-from distmerge.methods.cutoff import cutoff
-from distmerge.methods.fusion import flat, fused_for
+from distmerge.methods.cutoff import Cut, cutoff
+from distmerge.methods.difference import Bits, Difference, Operand, Spread, Thinned, computed
+from distmerge.methods.fusion import fused_for
 from distmerge.methods.linear import Answers
-from distmerge.methods.operands import differences
+from distmerge.methods.operands import elements, rows, task_vectors
+from distmerge.methods.random import Draw
 from distmerge.methods.reductions import mean_square
-from distmerge.methods.signature import describe
+from distmerge.methods.sparsify import room_for_marks
+from distmerge.methods.task_vectors import declared
 
 LEAST = 1e-6
 """Sums of weights below this don't divide."""
 
 
-def spread(xs: list[Tensor]) -> Tensor:
+def spread(xs: Sequence[Operand]) -> Operand:
     """Element by element, the sum of squared differences from the mean: exactly zero where all
     are equal, and in the order of the variances."""
-    fused = fused_for(*xs)
-    if fused is not None:
-        out = torch.empty(xs[0].shape)
-        fused.spread(torch.stack([x.reshape(-1) for x in xs]).numpy(), flat(out))
-        return out
-    apart = [x - xs[0] for x in xs[1:]]
-    squares, total = torch.zeros_like(xs[0]), torch.zeros_like(xs[0])
-    for x in apart:
-        total += x
-        squares += x * x
+    if fused_for(*xs) is not None:
+        return Spread(*rows(xs), xs[0].shape)
+    first, *others = map(computed, xs)
+    squares, total = torch.zeros_like(first), torch.zeros_like(first)
+    for x in others:
+        apart = x - first
+        total += apart
+        squares += apart * apart
     return squares - total * total * (1.0 / len(xs))
 
 
-def keep_where(x: Tensor, mask: Tensor) -> Tensor:
-    """`x` where `mask` is not zero, zero elsewhere."""
-    fused = fused_for(x, mask)
-    if fused is None:
-        return torch.where(mask != 0, x, 0.0)
-    out = torch.empty(x.shape)
-    fused.keep_where(flat(x), flat(mask), flat(out))
-    return out
+def selected(deltas: Sequence[Operand], varies: Operand, cut: Cut, rng: Draw) -> Sequence[Operand]:
+    """The entries where what varies reaches the cut; others times zero."""
+    fused = fused_for(varies, *deltas)
+    if fused is None or not all(isinstance(delta, Difference) for delta in deltas):
+        kept = trim(computed(varies), cut) != 0
+        return [computed(delta) * kept for delta in deltas]
+
+    def mark() -> Bits:
+        bits, found = room_for_marks(varies), edges(cut)
+        bounds = np.array(found.bounds, np.float32)
+        fused.mark_between(elements(varies), bounds, found.stream, found.first, bits)
+        return bits
+
+    bits = rng.marks((cut.value, cut.share), mark)
+    return [Thinned(delta, bits) for delta in deltas if isinstance(delta, Difference)]
 
 
 def _sce(
     models: list[Tensor],
     base: Tensor,
     *,
+    rng: Draw,
     select_topk: Annotated[float, Field(ge=0, le=1)] = 1.0,
 ) -> Answers:
     """Select the entries of the task vectors in which the models differ most, calculate each
@@ -61,16 +72,15 @@ def _sce(
     A weight is the mean square of the model's entries, divided by the sum of these; they are equal
     where that is next to zero.
     """
-    deltas = differences(models, base)
+    deltas = task_vectors(models, base)
     if select_topk < 1.0:
         varies = spread(deltas)
         cut = yield cutoff(varies, keep=select_topk, nonzero=True)
-        selected = trim(varies, cut)
-        deltas = [keep_where(delta, selected) for delta in deltas]
+        deltas = selected(deltas, varies, cut, rng)
     energies = yield [mean_square(delta) for delta in deltas]
     whole = sum(energies)
     weights = [e / whole for e in energies] if whole >= LEAST else [1.0 / len(models)] * len(models)
     return Consensus(weights, "paper", normalize=True, least=LEAST).merge(base, deltas)
 
 
-sce = describe(_sce, name="sce", blocks="elements", raw=True, builtin=True)
+sce = declared(_sce, seamless=True)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from distmerge.methods.difference import Difference, Operand, Thinned
+from distmerge.methods.difference import Difference, Operand, Spread, Thinned
 
 T = TypeVar("T")
 
@@ -61,6 +61,8 @@ def _place(x: Operand) -> Hashable:
         return _place(x.model), _place(x.base)
     if isinstance(x, Thinned):
         return _place(x.delta), id(x.bits), x.first
+    if isinstance(x, Spread):
+        return id(x)
     return x.data_ptr(), x.dtype, x.shape, x.stride()
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from numba import njit
 
 from distmerge.methods.blocks import CHUNK
-from distmerge.methods.mark_kernels import WORDS, places_of
+from distmerge.methods.chunks import chunk, length
+from distmerge.methods.mark_kernels import PLANE, WORDS, pack, places_of
 from distmerge.methods.random_kernels import draw, number_at
 
 Array = np.ndarray[Any, Any]
@@ -38,6 +39,25 @@ def keep_between(x: Array, bounds: Array, stream: Any, first: int, out: Array) -
     for start in range(0, x.size, CHUNK):
         part, kept = x[start : start + CHUNK], out[start : start + CHUNK]
         keep_chunk(part, bounds, stream, first + start, scratch, kept)
+
+
+@_loop
+def mark_between(x: Any, bounds: Array, stream: Any, first: int, bits: Array) -> None:
+    """Mark what `keep_between` keeps and is not zero."""
+    scratch, values, kept = new_scratch(), np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    marks = scratch[0]
+    for start in range(0, length(x), CHUNK):
+        part = chunk(x, start, values)
+        keep_chunk(part, bounds, stream, first + start, scratch, kept[: part.size])
+        _mark_nonzero(kept[: part.size], marks)
+        pack(marks, bits[start // 8 : start // 8 + PLANE])
+
+
+@_loop
+def _mark_nonzero(kept: Array, marks: Array) -> None:
+    for i in range(kept.size):
+        marks[i] = np.uint8(kept[i] != np.float32(0.0))
+    marks[kept.size :] = np.uint8(0)
 
 
 @_loop

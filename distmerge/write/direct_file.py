@@ -58,7 +58,7 @@ class DirectFile:
             if self._direct and (self._filled - done) % mmap.PAGESIZE:
                 # The end of the file, or of a write that was cut short: no whole pages.
                 self._direct = not self._turn(os.O_DIRECT, on=False)
-            done += os.write(self._descriptor, self._view[done : self._filled])
+            done += os.write(self._descriptor, self._view[done : self._filled].data)
         self._filled = 0
 
     def sync(self) -> None:

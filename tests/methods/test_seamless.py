@@ -21,7 +21,7 @@ from distmerge.methods.registry import find_method
 SEAMLESS = [c for c in CASES if find_method(c.method).is_seamless(c.parameters)]
 SUMS_NOTHING = [c for c in SEAMLESS if not c.sums]
 NAMES = {"linear", "passthrough", "task_arithmetic", "ties", "breadcrumbs", "breadcrumbs_ties"}
-NAMES |= {"della", "della_linear"}
+NAMES |= {"della", "della_linear", "sce"}
 NAMES |= {"dare_linear", "dare_ties", "slerp", "nuslerp", "multislerp", "karcher", "model_stock"}
 
 

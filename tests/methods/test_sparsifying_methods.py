@@ -18,10 +18,10 @@ from distmerge.expressions.evaluate import Evaluation
 from distmerge.expressions.settle import settle
 from distmerge.methods.bands import BandCut, band, keep_band, trim
 from distmerge.methods.cutoff import Cut, cutoff, keep_above
-from distmerge.methods.difference import Difference, Thinned, computed, runs_of
+from distmerge.methods.difference import Difference, Spread, Thinned, computed, runs_of
 from distmerge.methods.random import Draw, Remembered
 from distmerge.methods.reductions import Again, Norm, mean_square
-from distmerge.methods.sce import spread
+from distmerge.methods.sce import selected, spread
 from distmerge.methods.sparsify import chances, keep_at_random, keep_by_rank
 
 WEIGHTS = [0.7, 0.2, 0.45]
@@ -389,16 +389,44 @@ def test_sce_weighs_next_to_nothing_equally():
 def test_spread_is_the_variance_and_zero_for_equals(loops):
     xs = [normal(50, 63, seed=i) for i in range(5)]
     expected = np.var([float64(x) for x in xs], axis=0) * 5
-    assert np.abs(float64(spread(xs)) - expected).max() < 1e-5
-    assert not spread([xs[0]] * 5).any()
-    assert not spread(xs[:1]).any()
+    assert np.abs(float64(computed(spread(xs))) - expected).max() < 1e-5
+    assert not computed(spread([xs[0]] * 5)).any()
+    assert not computed(spread(xs[:1])).any()
 
 
 def test_the_fused_spread_equals_the_plain_one():
     xs = [normal(50, 63, seed=i) for i in range(5)]
-    fused = spread(xs)
+    fused = computed(spread(xs))
     with plain_loops():
-        assert torch.equal(spread(xs), fused)
+        assert torch.equal(computed(spread(xs)), fused)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("shape", [(300, 70), (1, 1), (5, 1024), (4099,)])
+def test_what_sce_leaves_to_the_loops_is_what_torch_makes_of_it(dtype, count, shape):
+    """Variances, those selected of them, and with them the entries: to the bit, not finite ones
+    and equals at the cut among them."""
+    base = (0.02 * normal(*shape)).to(dtype)
+    models = [(base.float() + 1e-3 * normal(*shape, seed=i)).to(dtype) for i in range(count)]
+    models[-1].view(-1)[::61] = math.inf
+    models[0].view(-1)[::7] = base.view(-1)[::7]
+    deltas = [Difference(model, base) for model in models]
+    varies = spread(deltas)
+    assert isinstance(varies, Spread)
+    tensors = [model.float() - base.float() for model in models]
+    with plain_loops():
+        plain = spread(tensors)
+    assert_same(computed(varies), plain)
+    magnitudes = plain.abs().view(-1)
+    for at, share in ((0, 0.0), (len(magnitudes) // 2, 0.4), (len(magnitudes) - 1, 1.0)):
+        cut = Cut(magnitudes.nan_to_num(posinf=0).sort().values[at].item(), share, DRAW)
+        found = selected(deltas, varies, cut, DRAW)
+        assert all(isinstance(one, Thinned) for one in found)
+        with plain_loops():
+            expected = selected(tensors, plain, cut, DRAW)
+        for one, other in zip(found, expected, strict=True):
+            assert_same(computed(one), other)
 
 
 def test_cutoff_of_what_is_not_zero(loops):
@@ -414,8 +442,9 @@ def test_cutoff_of_what_is_not_zero(loops):
 
 def test_mean_square(loops):
     parts = normal(1000).tensor_split(3)
-    found, _ = ask([mean_square(part) for part in parts])
-    assert abs(found - normal(1000).double().square().mean().item()) < 1e-12
+    for of in (lambda x: x, lambda x: Difference(x, torch.zeros_like(x))):
+        found, _ = ask([mean_square(of(part)) for part in parts])
+        assert abs(found - normal(1000).double().square().mean().item()) < 1e-12
     assert ask([mean_square(torch.empty(0))])[0] == 0.0
 
 
