@@ -33,6 +33,9 @@ SCANS = 256
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _INFINITY = np.int32(0x7F800000)
 _LOWER = np.uint32((1 << CELL_SHIFT) - 1)
+_ANY = np.uint64(0xFFFFFFFF << 32)
+ROUNDING = 2.0**-22
+"""By what chances in float32 may be further apart than they are."""
 
 _loop = njit(nogil=True, cache=True)
 
@@ -47,10 +50,10 @@ def _twice_rank(bits: Array, b: Any) -> Any:
 
 
 @_loop
-def _sort_into_cells(row: Array, bits: Array, place: Array) -> None:
-    """The magnitudes' bits, and the place of each: its upper bits say which cell, its lower ones
-    where in it. Cells begin so far below the largest finite magnitude as there are cells for; all
-    that is smaller is at the very beginning, what isn't finite at the very end."""
+def _sort_into_cells(row: Array, bits: Array, cell: Array, seen: Array) -> None:
+    """The magnitudes' bits, the cell of each, and which of the lower bits, which say where in it,
+    are set and which aren't. Cells begin so far below the largest finite magnitude as there are
+    cells for; all that is smaller is at the very beginning, what isn't finite at the very end."""
     raw = row.view(np.int32)
     top = np.int32(0)
     for i in range(row.size):
@@ -60,55 +63,66 @@ def _sort_into_cells(row: Array, bits: Array, place: Array) -> None:
     last = np.int32((CELLS << CELL_SHIFT) - 1)
     floor = max(top - last, np.int32(0))
     for i in range(row.size):
-        place[i] = np.uint32(min(max(bits[i], floor) - floor, last))
+        place = np.uint32(min(max(bits[i], floor) - floor, last))
+        lower = place & _LOWER
+        cell[i] = place >> np.uint32(CELL_SHIFT)
+        seen[i] = lower | ((lower ^ _LOWER) << np.uint32(CELL_SHIFT))
 
 
 @_loop
-def _count(place: Array, counts: Array, seen: Array) -> None:
-    """How many lie in each cell; and which of the lower bits are ever set there, which ever not."""
-    for i in range(place.size):
-        cell, lower = place[i] >> np.uint32(CELL_SHIFT), place[i] & _LOWER
-        counts[cell] += np.int32(1)
-        seen[cell] |= lower | ((lower ^ _LOWER) << np.uint32(CELL_SHIFT))
+def _count(cell: Array, seen: Array, cells: Array) -> None:
+    """How many lie in each cell, in the lower half of 64 bits: one number to read and write. In the
+    upper half, which of the lower bits are ever set there, which ever not."""
+    for i in range(cell.size):
+        c = cell[i]
+        cells[c] = (cells[c] + np.uint64(1)) | (np.uint64(seen[i]) << np.uint64(32))
 
 
 @_loop
-def _cell_chances(
-    counts: Array, seen: Array, least: float, step: float, sure: Array, maybe: Array
-) -> None:
+def _cell_chances(cells: Array, least: float, step: float, sure: Array, maybe: Array) -> Any:
     """The chances of the first and of the last rank in each cell; of the mean rank, where all are
-    equals."""
+    equals. Returns what they are apart at most."""
     below = np.empty(CELLS, np.int32)
-    smaller = np.int32(0)
+    smaller, most = np.int32(0), np.int32(0)
     for c in range(CELLS):
         below[c] = smaller
-        smaller += counts[c]
+        smaller += np.int32(cells[c])
     # At both ends, there are others than the lower bits tell.
-    seen[0] = seen[CELLS - 1] = np.uint32(0xFFFFFFFF)
+    cells[0] |= _ANY
+    cells[CELLS - 1] |= _ANY
     for c in range(CELLS):
-        equals = (seen[c] & (seen[c] >> np.uint32(CELL_SHIFT)) & _LOWER) == np.uint32(0)
-        apart = np.int32(0) if equals else counts[c] - np.int32(1)
-        first = np.int32(2) * below[c] + counts[c] - np.int32(1) - apart
+        count, seen = np.int32(cells[c]), np.uint32(cells[c] >> np.uint64(32))
+        equals = (seen & (seen >> np.uint32(CELL_SHIFT)) & _LOWER) == np.uint32(0)
+        apart = np.int32(0) if equals else count - np.int32(1)
+        first = np.int32(2) * below[c] + count - np.int32(1) - apart
         sure[c] = np.float32(least + step * first)
         maybe[c] = np.float32(least + step * (first + np.int32(2) * apart))
+        most = max(most, apart)
+    return np.float32(step * (np.int32(2) * most) + ROUNDING)
 
 
 @_loop
-def _mark_by_cell(
-    place: Array, drawn: Array, sure: Array, maybe: Array, marks: Array, doubts: Array
-) -> None:
-    """Mark what is kept by the least chance in its cell; and what only the greatest would keep."""
+def _look_up(cell: Array, sure: Array, least: Array) -> None:
+    for i in range(cell.size):
+        least[i] = sure[cell[i]]
+
+
+@_loop
+def _mark_by_cell(least: Array, drawn: Array, apart: Any, marks: Array, doubts: Array) -> None:
+    """Mark what is kept by the least chance in its cell; and what the greatest might keep, which to
+    look up as well would take as long again."""
     for i in range(marks.size):
-        cell, u = place[i] >> np.uint32(CELL_SHIFT), drawn[i]
-        marks[i] = np.uint8(u < sure[cell])
-        doubts[i] = np.uint8((u >= sure[cell]) & (u < maybe[cell]))
+        u = drawn[i]
+        marks[i] = np.uint8(u < least[i])
+        doubts[i] = np.uint8((u >= least[i]) & (u - least[i] < apart))
 
 
 @_loop
 def _mark_ranked(
     bits: Array,
-    place: Array,
+    cell: Array,
     drawn: Array,
+    maybe: Array,
     doubts: Array,
     least: float,
     step: float,
@@ -126,8 +140,8 @@ def _mark_ranked(
     scans, in_order = 0, bits[:0]
     for j in range(doubts.size):
         i = doubts[j]
-        c, b = place[i] >> np.uint32(CELL_SHIFT), bits[i]
-        if b == 0:
+        c, b = cell[i], bits[i]
+        if b == 0 or drawn[i] >= maybe[c]:
             continue
         if ranked[c] != b:
             scans += 1
@@ -151,22 +165,24 @@ def _mark_rows(
     """Rows of `width`: mark where the uniform number of the position is below
     `least + step * twice`; `twice` is two times the magnitude's rank in the row."""
     row, bits = np.empty(width, np.float32), np.empty(width, np.int32)
-    place, drawn = np.empty(width, np.uint32), np.empty(width, np.float32)
-    counts, seen = np.empty(CELLS, np.int32), np.empty(CELLS, np.uint32)
+    cell, seen = np.empty(width, np.uint32), np.empty(width, np.uint32)
+    drawn, least_there = np.empty(width, np.float32), np.empty(width, np.float32)
+    cells = np.empty(CELLS, np.uint64)
     doubts = np.zeros((width + 7) // 8 * 8, np.uint8)  # to be looked at eight at a time
     hits, places = np.empty(doubts.size // 8 + 1, np.uint32), np.empty(doubts.size, np.uint32)
     sure, maybe = np.empty(CELLS, np.float32), np.empty(CELLS, np.float32)
     for at in range(0, length(x), width):
         begin = np.uint64(first) + np.uint64(at) + np.uint64(1)
         found = marks[at : at + width]
-        _sort_into_cells(chunk(x, at, row), bits, place)
-        counts[:], seen[:] = np.int32(0), np.uint32(0)
-        _count(place, counts, seen)
-        _cell_chances(counts, seen, least, step, sure, maybe)
+        _sort_into_cells(chunk(x, at, row), bits, cell, seen)
+        cells[:] = np.uint64(0)
+        _count(cell, seen, cells)
+        apart = _cell_chances(cells, least, step, sure, maybe)
         draw(stream, begin, drawn)
-        _mark_by_cell(place, drawn, sure, maybe, found, doubts[:width])
+        _look_up(cell, sure, least_there)
+        _mark_by_cell(least_there, drawn, apart, found, doubts[:width])
         doubtful = places[: places_of(doubts, hits, places)]
-        _mark_ranked(bits, place, drawn, doubtful, least, step, found)
+        _mark_ranked(bits, cell, drawn, maybe, doubtful, least, step, found)
 
 
 @_loop
