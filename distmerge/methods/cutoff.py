@@ -4,10 +4,9 @@ Magnitudes of IEEE floats order as their bit patterns do. A histogram of the lea
 which bucket holds the k-th largest; a second one of the remaining bits, inside that bucket, finds
 it: two passes and half a megabyte however large the tensor (four passes for float64).
 
-For large tensors the first pass reads a sixteenth of every block. Its histogram says in which
-few buckets the cut lies almost certainly; one pass over everything then counts what is above
-them and lists, or histograms, what is inside. Should the cut lie elsewhere after all, the exact
-passes follow: the sample decides how long it takes, never what comes out.
+The first pass reads a sixteenth of a large tensor. Its histogram says in which few buckets the
+cut lies almost certainly; one pass over everything then counts what is above them and lists, or
+histograms, what is inside. If the cut lies elsewhere after all, exact passes follow.
 """
 
 from __future__ import annotations
@@ -150,8 +149,7 @@ class Cutoff:
         if fused is not None:
             fused.histogram(elements(x), shift, prefix_shift, prefix, counts)
         else:
-            x = computed(x)
-            bits = x.abs().reshape(-1).view(_INTEGER[self.dtype])
+            bits = computed(x).abs().reshape(-1).view(_INTEGER[self.dtype])
             bits = bits[(bits < _INFINITE[self.dtype]) & ((bits >> prefix_shift) == prefix)]
             found = torch.bincount((bits >> shift) & ((1 << width) - 1), minlength=1 << width)
             counts += found.cpu().numpy()
@@ -166,8 +164,7 @@ class Cutoff:
         fused = fused_for(self.x)
         if fused is not None:
             return int(fused.zeros(elements(self.x)))
-        x = computed(self.x)
-        return x.numel() - int(torch.count_nonzero(x))
+        return self.x.shape.numel() - int(torch.count_nonzero(computed(self.x)))
 
     def _inside(self, state: _Bracket) -> _Inside:
         low, high, nonzero = state.low, state.high, self.rule == "nonzero"
@@ -193,7 +190,10 @@ class Cutoff:
 
     def merge(self, a: Any, b: Any) -> Any:
         if isinstance(a, _Inside):
-            counts = None if a.counts is None else a.counts + b.counts
+            counts = a.counts
+            if counts is not None:  # a block's are 32 bits wide, a tensor may have more equals
+                counts = counts.astype(np.int64, copy=False)
+                counts += b.counts
             return _Inside(a.above + b.above, a.counted + b.counted, counts, a.found + b.found)
         a += b
         return a

@@ -186,6 +186,15 @@ def test_a_bracket_keeps_what_is_not_finite_out(loops):
     assert_exact(ask([question], begin), x, 0.2)
 
 
+def test_a_tensor_may_have_more_equals_than_32_bits_count():
+    question = cutoff(torch.ones(2048), keep=0.5)
+    said = question.partial(question.bracket(question.partial(None)))
+    assert said.counts.sum() == 2048
+    said.counts *= 1 << 19
+    total = question.merge(question.merge(said, said), said)
+    assert total.counts.sum() == 3 << 30
+
+
 def test_too_wide_a_guess_is_none():
     """Histograms are faster then; float64 has none at all."""
     sampled = cutoff(torch.randn(1000, generator=torch.Generator().manual_seed(0)), keep=0.2)
