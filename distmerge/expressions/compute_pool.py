@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import TypeVar
 
 import torch
@@ -60,7 +61,7 @@ class ComputePool:
         )
 
     def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """`function` of every item, in order; the first exception ends it.
+        """`function` of every item, in order. An exception ends it; of several the first item's.
 
         Threads pull items one by one, so a handful of futures serves a hundred thousand items.
         """
@@ -70,27 +71,26 @@ class ComputePool:
         todo = iter(range(len(items)))
         failed = threading.Event()
 
-        def pull() -> Exception | None:
+        def pull() -> tuple[int, Exception] | None:
             for i in todo:
-                if failed.is_set():
-                    break
                 try:
                     results[i] = _without_grad(function, items[i])
                 except Exception as error:
                     failed.set()
-                    return error
+                    return i, error
+                if failed.is_set():  # afterwards: what was pulled before another item is done
+                    break
             return None
 
         others = [self._others.submit(pull) for _ in range(min(self.threads, len(items)) - 1)]
         try:
             # Every thread stops before anything is torn down.
-            errors = [pull(), *(other.result() for other in others)]
+            ends = [pull(), *(other.result() for other in others)]
         except BaseException:  # an interrupt: what was asked for isn't wanted any more
             failed.set()
             raise
-        for error in errors:
-            if error is not None:
-                raise error
+        if errors := [end for end in ends if end is not None]:
+            raise min(errors, key=itemgetter(0))[1]
         return results  # type: ignore[return-value]
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import threading
+import time
 
 import pytest
 import torch
@@ -804,6 +805,15 @@ def test_a_pool_keeps_order_and_raises_what_was_raised():
     assert pool.map(lambda i: i * i, range(1000)) == [i * i for i in range(1000)]
     with pytest.raises(ZeroDivisionError):
         pool.map(lambda i: 1 // (500 - i), range(1000))
+    together = threading.Barrier(3)
+
+    def fail(i):
+        together.wait()
+        time.sleep(0.05 * (2 - i))
+        raise ValueError(str(i))
+
+    with pytest.raises(ValueError, match="0"):
+        pool.map(fail, range(3))
     assert pool.map(lambda i: -i, [3]) == [-3]
     assert pool.map(lambda i: i, []) == []
     pool.close()
