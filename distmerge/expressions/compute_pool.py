@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from operator import itemgetter
 from typing import TypeVar
 
@@ -28,14 +28,19 @@ def usable_cores() -> int:
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """Keep torch to one thread per operation, and give the caller's setting back at the end.
+    """Keep torch to one thread per operation, without inference mode and autocast, and give the
+    caller's settings back at the end.
 
-    torch's setting is each thread's own: this is the calling thread's, a pool's threads have it
-    from their start.
+    These are each thread's own: this is about the calling thread, which works beside a pool's. They
+    have one from their start, and never the other two.
     """
     before = _to_one_torch_thread()
     try:
-        yield
+        with ExitStack() as modes:
+            modes.enter_context(torch.inference_mode(False))
+            for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+                modes.enter_context(torch.autocast(kind, enabled=False))
+            yield
     finally:
         torch.set_num_threads(before)
 
@@ -71,21 +76,23 @@ class ComputePool:
         todo = iter(range(len(items)))
         failed = threading.Event()
 
-        def pull() -> tuple[int, Exception] | None:
+        def pull(caught: type[BaseException]) -> tuple[int, BaseException] | None:
             for i in todo:
                 try:
                     results[i] = _without_grad(function, items[i])
-                except Exception as error:
+                except caught as error:
                     failed.set()
                     return i, error
                 if failed.is_set():  # afterwards: what was pulled before another item is done
                     break
             return None
 
-        others = [self._others.submit(pull) for _ in range(min(self.threads, len(items)) - 1)]
+        count = min(self.threads, len(items)) - 1
+        others = [self._others.submit(pull, BaseException) for _ in range(count)]
         try:
-            # Every thread stops before anything is torn down.
-            ends = [pull(), *(other.result() for other in others)]
+            ends = [pull(Exception)]
+            # Every thread stops before anything is torn down; who hasn't begun has nothing to do.
+            ends += [other.result() for other in others if not other.cancel()]
         except BaseException:  # an interrupt: what was asked for isn't wanted any more
             failed.set()
             raise

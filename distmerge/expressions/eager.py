@@ -39,7 +39,7 @@ def evaluate_eagerly(root: Expression, *, seed: int = 0) -> dict[str, Tensor]:
     merged = [p for p in programs if not isinstance(p.steps[0], Same)]
     pool = ComputePool(usable_cores())
     try:
-        with one_torch_thread(), torch.no_grad(), torch.inference_mode(False):
+        with one_torch_thread(), torch.no_grad():
             results.update(_merge(merged, inputs, seed, pool))
     finally:
         pool.close()

@@ -129,7 +129,8 @@ def _has_rows(x: Any) -> bool:
 
 
 def chunk(x: Any, start: int, scratch: Array) -> Array:
-    """An operand's elements from `start` on in float32, as many as `scratch` has if there are."""
+    """An operand's elements from `start` on in float32, as many as `scratch` has, a chunk at
+    most, if there are."""
     raise NotImplementedError  # numba compiles `_chunk` in its place
 
 
@@ -147,11 +148,12 @@ def _chunk(x: Any, start: Any, scratch: Any) -> Any:
 
     def apart(x: Any, start: Any, scratch: Any) -> Any:
         rows, scratches = x
-        first = row_chunk(rows, 0, start, scratches[0])
+        firsts, others = scratches[0, : scratch.size], scratches[2, : scratch.size]
+        first = row_chunk(rows, 0, start, firsts)
         squares, total = scratch[: first.size], scratches[1, : first.size]
         squares[:], total[:] = np.float32(0.0), np.float32(0.0)
         for row in range(1, rows[0].size):
-            _add_apart(row_chunk(rows, row, start, scratches[2]), first, squares, total)
+            _add_apart(row_chunk(rows, row, start, others), first, squares, total)
         _subtract_mean(total, np.float32(1.0 / rows[0].size), squares)
         return squares
 

@@ -147,40 +147,37 @@ class Cutoff:
         x = self.x if self.x.dtype == self.dtype else computed(self.x).to(self.dtype)
         fused = fused_for(x)
         if fused is not None:
-            fused.histogram(elements(x), shift, prefix_shift, prefix, counts)
+            fused.histogram(elements(x), shift, prefix_shift, prefix, self._least, counts)
         else:
             bits = computed(x).abs().reshape(-1).view(_INTEGER[self.dtype])
-            bits = bits[(bits < _INFINITE[self.dtype]) & ((bits >> prefix_shift) == prefix)]
+            bits = bits[self._counts(bits) & ((bits >> prefix_shift) == prefix)]
             found = torch.bincount((bits >> shift) & ((1 << width) - 1), minlength=1 << width)
             counts += found.cpu().numpy()
-        if prefix == 0:
-            counts[0] -= self._uncounted()
         return counts
 
-    def _uncounted(self) -> int:
-        """Zeros, where they don't count."""
-        if self.rule != "nonzero":
-            return 0
-        fused = fused_for(self.x)
-        if fused is not None:
-            return int(fused.zeros(elements(self.x)))
-        return self.x.shape.numel() - int(torch.count_nonzero(computed(self.x)))
+    @property
+    def _least(self) -> int:
+        """The bits of the smallest magnitude that counts."""
+        return 1 if self.rule == "nonzero" else 0
+
+    def _counts(self, bits: Tensor) -> Tensor:
+        return (bits >= self._least) & (bits < _INFINITE[self.dtype])
 
     def _inside(self, state: _Bracket) -> _Inside:
-        low, high, nonzero = state.low, state.high, self.rule == "nonzero"
+        low, high, least = state.low, state.high, self._least
         counts = None if state.listed else np.zeros(high - low + 1, np.int32)
         found = []
         fused = fused_for(self.x)
         if fused is not None:
             if counts is None:
-                above, counted, inside = fused.inside(elements(self.x), low, high, nonzero)
+                above, counted, inside = fused.inside(elements(self.x), low, high, least)
                 found = [inside]
             else:
-                above, counted = fused.bracket(elements(self.x), low, high, nonzero, counts)
+                above, counted = fused.bracket(elements(self.x), low, high, least, counts)
         else:
             known = computed(self.x).abs().reshape(-1).view(_INTEGER[self.dtype])
-            known = known[known < _INFINITE[self.dtype]]
-            above, counted = int((known > high).sum()), known.numel() - self._uncounted()
+            known = known[self._counts(known)]
+            above, counted = int((known > high).sum()), known.numel()
             within = known[(known >= low) & (known <= high)].cpu().numpy()
             if counts is None:
                 found = [within]
@@ -190,11 +187,11 @@ class Cutoff:
 
     def merge(self, a: Any, b: Any) -> Any:
         if isinstance(a, _Inside):
-            counts = a.counts
-            if counts is not None:  # a block's are 32 bits wide, a tensor may have more equals
-                counts = counts.astype(np.int64, copy=False)
+            counts, counted = a.counts, a.counted + b.counted
+            if counts is not None:  # 32 bits, until there may be more equals than these count
+                counts = counts.astype(np.int64, copy=False) if counted >= 1 << 31 else counts
                 counts += b.counts
-            return _Inside(a.above + b.above, a.counted + b.counted, counts, a.found + b.found)
+            return _Inside(a.above + b.above, counted, counts, a.found + b.found)
         a += b
         return a
 

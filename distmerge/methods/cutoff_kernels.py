@@ -25,26 +25,19 @@ _loop = njit(nogil=True, cache=True)
 
 
 @_loop
-def histogram(x: Any, shift: int, prefix_shift: int, prefix: int, counts: Array) -> None:
+def histogram(
+    x: Any, shift: int, prefix_shift: int, prefix: int, least: int, counts: Array
+) -> None:
     """Count the magnitudes' bits from `shift` on, of those whose bits from `prefix_shift` on equal
-    `prefix`. Infinities and NaN are left out."""
+    `prefix`. Infinities and NaN are left out, and what is below `least`."""
     mask = np.int32(counts.size - 1)
     scratch = np.empty(CHUNK, np.float32)
     for start in range(0, length(x), CHUNK):
         bits = chunk(x, start, scratch).view(np.int32)
         for i in range(bits.size):
             b = bits[i] & _MAGNITUDE
-            if b < _INFINITY and (b >> prefix_shift) == prefix:
+            if least <= b < _INFINITY and (b >> prefix_shift) == prefix:
                 counts[(b >> shift) & mask] += 1
-
-
-@_loop
-def zeros(x: Any) -> int:
-    """How many are there?"""
-    scratch, found = np.empty(CHUNK, np.float32), np.int64(0)
-    for start in range(0, length(x), CHUNK):
-        found += np.int64(_zeros(chunk(x, start, scratch)))
-    return int(found)
 
 
 @_loop
@@ -69,9 +62,9 @@ def _mark(part: Array, lo: Any, hi: Any, marks: Array) -> tuple[Any, Any]:
 
 
 @_loop
-def bracket(x: Any, low: int, high: int, nonzero: bool, counts: Array) -> tuple[int, int]:
-    """Count each magnitude in `low..high` by its bits; how many lie above, how many are finite,
-    and not zero if only such count."""
+def bracket(x: Any, low: int, high: int, least: int, counts: Array) -> tuple[int, int]:
+    """Count each magnitude in `low..high` by its bits; how many lie above, how many are finite, and
+    not zero if `least` isn't."""
     above, uncounted = np.int64(0), np.int64(0)
     lo, hi = np.int32(low), np.int32(high)
     scratch = np.empty(CHUNK, np.float32)
@@ -82,7 +75,7 @@ def bracket(x: Any, low: int, high: int, nonzero: bool, counts: Array) -> tuple[
         over, beyond = _mark(part, lo, hi, marks)
         above += np.int64(over) - np.int64(beyond)
         uncounted += np.int64(beyond)
-        if nonzero:
+        if least > 0:
             uncounted += np.int64(_zeros(part.view(np.float32)))
         for j in range(places_of(marks, hits, places)):
             counts[(part[places[j]] & _MAGNITUDE) - lo] += 1
@@ -90,7 +83,7 @@ def bracket(x: Any, low: int, high: int, nonzero: bool, counts: Array) -> tuple[
 
 
 @_loop
-def inside(x: Any, low: int, high: int, nonzero: bool) -> tuple[int, int, Array]:
+def inside(x: Any, low: int, high: int, least: int) -> tuple[int, int, Array]:
     """As `bracket`, but the magnitudes in `low..high` are listed instead of counted."""
     found = np.empty(CHUNK, np.int32)
     n = 0
@@ -104,7 +97,7 @@ def inside(x: Any, low: int, high: int, nonzero: bool) -> tuple[int, int, Array]
         over, beyond = _mark(part, lo, hi, marks)
         above += np.int64(over) - np.int64(beyond)
         uncounted += np.int64(beyond)
-        if nonzero:
+        if least > 0:
             uncounted += np.int64(_zeros(part.view(np.float32)))
         if n + CHUNK > found.size:
             more = np.empty(2 * found.size, np.int32)

@@ -94,7 +94,8 @@ def runs_of(x: Of, size: int) -> list[Of]:
     elements = x.shape.numel()
     if elements <= size:
         return [x]
-    runs: list[Any] = [_run_of(x, start, start + size) for start in range(0, elements, size)]
+    whole = computed(x) if isinstance(x, Spread) else x
+    runs: list[Any] = [_run_of(whole, start, start + size) for start in range(0, elements, size)]
     return runs
 
 
@@ -103,7 +104,8 @@ def _run_of(x: Operand, start: int, stop: int) -> Operand:
         return Thinned(_between(x.delta, start, stop), x.bits, x.first + start)
     if isinstance(x, Difference):
         return _between(x, start, stop)
-    return computed(x).reshape(-1)[start:stop]
+    assert isinstance(x, Tensor)
+    return x.reshape(-1)[start:stop]
 
 
 def _between(x: Difference, start: int, stop: int) -> Difference:

@@ -23,7 +23,6 @@ from distmerge.methods.chunks import chunk, length, row_chunk
 from distmerge.methods.cutoff_kernels import bracket as bracket
 from distmerge.methods.cutoff_kernels import histogram as histogram
 from distmerge.methods.cutoff_kernels import inside as inside
-from distmerge.methods.cutoff_kernels import zeros as zeros
 from distmerge.methods.random_kernels import keep_at_random as keep_at_random
 from distmerge.methods.random_kernels import mark_at_random as mark_at_random
 from distmerge.methods.rank_kernels import keep_by_rank as keep_by_rank

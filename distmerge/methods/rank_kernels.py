@@ -164,9 +164,10 @@ def _mark_rows(
 ) -> None:
     """Rows of `width`: mark where the uniform number of the position is below
     `least + step * twice`; `twice` is two times the magnitude's rank in the row."""
+    # What is used up makes room: numbers are drawn where the row was, chances where bits were seen.
     row, bits = np.empty(width, np.float32), np.empty(width, np.int32)
     cell, seen = np.empty(width, np.uint32), np.empty(width, np.uint32)
-    drawn, least_there = np.empty(width, np.float32), np.empty(width, np.float32)
+    drawn, least_there = row, seen.view(np.float32)
     cells = np.empty(CELLS, np.uint64)
     doubts = np.zeros((width + 7) // 8 * 8, np.uint8)  # to be looked at eight at a time
     hits, places = np.empty(doubts.size // 8 + 1, np.uint32), np.empty(doubts.size, np.uint32)

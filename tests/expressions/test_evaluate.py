@@ -814,6 +814,14 @@ def test_a_pool_keeps_order_and_raises_what_was_raised():
 
     with pytest.raises(ValueError, match="0"):
         pool.map(fail, range(3))
+
+    def give_up(i):
+        together.wait()
+        if threading.current_thread() is not threading.main_thread():
+            raise SystemExit(i)
+
+    with pytest.raises(SystemExit):
+        pool.map(give_up, range(3))
     assert pool.map(lambda i: -i, [3]) == [-3]
     assert pool.map(lambda i: i, []) == []
     pool.close()

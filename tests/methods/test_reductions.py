@@ -188,11 +188,14 @@ def test_a_bracket_keeps_what_is_not_finite_out(loops):
 
 def test_a_tensor_may_have_more_equals_than_32_bits_count():
     question = cutoff(torch.ones(2048), keep=0.5)
-    said = question.partial(question.bracket(question.partial(None)))
-    assert said.counts.sum() == 2048
-    said.counts *= 1 << 19
-    total = question.merge(question.merge(said, said), said)
-    assert total.counts.sum() == 3 << 30
+    begin = question.bracket(question.partial(None))
+    said = [question.partial(begin) for _ in range(3)]
+    for one in said:
+        assert one.counts.sum() == one.counted == 2048
+        one.counts *= 1 << 19
+        one.counted <<= 19
+    total = question.merge(question.merge(said[0], said[1]), said[2])
+    assert total.counts.sum() == total.counted == 3 << 30
 
 
 def test_too_wide_a_guess_is_none():

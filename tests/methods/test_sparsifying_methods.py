@@ -6,6 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given as drawn_from
+from hypothesis import settings
+from hypothesis import strategies as st
 from methods import formulas
 from methods.formulas import float64
 from methods.inputs import DTYPES, Models, assert_close
@@ -20,6 +23,7 @@ from distmerge.methods.bands import BandCut, band, keep_band, trim
 from distmerge.methods.cutoff import Cut, cutoff, keep_above
 from distmerge.methods.difference import Difference, Spread, Thinned, computed, runs_of
 from distmerge.methods.random import Draw, Remembered
+from distmerge.methods.rank_kernels import CELLS, _cell_chances
 from distmerge.methods.reductions import Again, Norm, mean_square
 from distmerge.methods.sce import selected, spread
 from distmerge.methods.sparsify import chances, keep_at_random, keep_by_rank
@@ -265,6 +269,21 @@ def test_the_fused_ranks_equal_the_plain_ones(x):
             assert torch.equal(fused.nan_to_num(nan=7), plain.nan_to_num(nan=7))
 
 
+@settings(max_examples=50, deadline=None)
+@drawn_from(width=st.integers(2, 6000), chance=st.floats(0.01, 0.99), seed=st.integers(0, 99))
+def test_what_a_cell_may_keep_is_within_what_is_looked_for(width, chance, seed):
+    """Of the numbers drawn, multiples of 2^-24, every one below a cell's greatest chance."""
+    rng = np.random.default_rng(seed)
+    count = np.bincount((rng.exponential(100.0, width)).astype(int) % CELLS, minlength=CELLS)
+    cells = count.astype(np.uint64) | np.uint64(0xFFFFFFFF << 32)
+    sure, maybe = np.empty(CELLS, np.float32), np.empty(CELLS, np.float32)
+    spread = 0.99 * min(chance, 1 - chance)
+    apart = _cell_chances(cells, chance - spread, spread / (width - 1), sure, maybe)
+    drawn = ((np.ceil(maybe.astype(float) * 2**24) - 1) / 2**24).astype(np.float32)
+    at = (count > 0) & (drawn >= sure)
+    assert (drawn[at] - sure[at] < apart).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(300, 70), (7, 3000), (1, 1), (2000,), (5, 1024)])
 def test_what_is_left_to_the_loops_is_thinned_as_a_tensor_is(dtype, shape):
@@ -301,11 +320,13 @@ def test_magnitudes_are_summed_piece_by_piece(size):
     assert Norm(kept).partials(size) == pytest.approx(expected, rel=1e-13)
 
 
-@pytest.mark.parametrize("method", ["dare_ties", "della"])
+@pytest.mark.parametrize("method", ["dare_ties", "della", "sce"])
 def test_what_was_drawn_is_the_same_remembered_or_drawn_again(method):
     base = (0.02 * normal(120, 256)).bfloat16()
     models = [(base.float() + 1e-3 * normal(120, 256, seed=s)).bfloat16() for s in (1, 2)]
     parameters = {"weight": [1.0, 0.5], "density": [0.5, 0.3]}
+    if method == "sce":
+        parameters = {"select_topk": 0.3}
     node = apply(method, [{"w": m} for m in models], {"w": base}, parameters=parameters)
     given = [leaf["w"].reshape(-1) for leaf in align(node).tensors]
 
@@ -425,8 +446,11 @@ def test_what_sce_leaves_to_the_loops_is_what_torch_makes_of_it(dtype, count, sh
         assert all(isinstance(one, Thinned) for one in found)
         with plain_loops():
             expected = selected(tensors, plain, cut, DRAW)
-        for one, other in zip(found, expected, strict=True):
+        shared = selected(tensors, spread(tensors), cut, DRAW)  # made already: others need them too
+        for one, both, other in zip(found, shared, expected, strict=True):
             assert_same(computed(one), other)
+            assert_same(both, other)
+            assert not other.isfinite().all() or count > 1 or shape == (1, 1)
 
 
 def test_cutoff_of_what_is_not_zero(loops):

@@ -14,6 +14,8 @@ from run.family import MODELS, SHARD, Family, same_tensors, tensors_at, weight_b
 from torch import Tensor, nn
 
 import distmerge
+from distmerge import StateDict, layer_merge
+from distmerge.expressions.lazy import as_lazy
 
 MY = """
 import torch
@@ -123,3 +125,24 @@ def test_it_reaches_workers_that_have_no_such_file(
         distmerge.merge(made, out, engine=engine, workers=2, max_shard_size=SHARD)
     assert weight_bytes(tmp_path / "ray") == weight_bytes(tmp_path / "local")
     assert set(log.read_text().split()) == {str(os.getpid())}
+
+
+def test_blocks_are_the_same_whoever_asks_for_them(tmp_path: Path) -> None:
+    """The caller's thread does some of them, and may be in a mode of its own."""
+
+    @layer_merge(blocks="rows")
+    def product(models: list[Tensor]) -> Tensor:
+        assert not torch.is_inference_mode_enabled()
+        return models[0] @ (torch.eye(63) + 0.1)
+
+    drawn = torch.randn(9000, 63, generator=torch.Generator().manual_seed(0))
+    model = StateDict({"w": drawn, "v": drawn[:4500].clone()})
+    expected = product([model])
+    for mode in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        with mode:
+            eager = product([model])
+            out = str(tmp_path / type(mode).__name__)
+            with distmerge.merge(product([as_lazy(model)]), out, workers=2) as made:
+                for key in expected:
+                    assert torch.equal(eager[key], expected[key])
+                    assert torch.equal(made[key], expected[key])

@@ -59,6 +59,7 @@ def method(name: str, models: list[str], **options: Any) -> Any:
         ("karcher", {}),
         ("dare_ties", {"density": 0.5, "weight": 1.0}),
         ("della", {"density": 0.5, "epsilon": 0.1, "weight": 1.0}),
+        ("sce", {"select_topk": 0.3}),
     ],
 )
 def test_the_bits_do_not_depend_on_it(
