@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distmerge.errors import MethodError
-from distmerge.expressions.compute_pool import ComputePool
+from distmerge.expressions.compute_pool import ComputePool, one_torch_thread
 from distmerge.expressions.evaluate import Evaluation
 from distmerge.expressions.model_questions import ModelQuestions
 from distmerge.expressions.program import Call, Program, Read
@@ -67,6 +67,7 @@ def _small(leaf: int, shape: Shape) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(leaf)).view(-1)
 
 
+@one_torch_thread()
 def _evaluate(program: Program, grid: Grid) -> tuple[Tensor, bool]:
     """The program's result on random numbers; did it ask about the whole model?"""
     small = {leaf: _small(leaf, grid.shape) for leaf in program.leaves}
