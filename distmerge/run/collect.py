@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distmerge.checkpoints.tensors import TensorInfo
 from distmerge.expressions.alignment import TORCH_DTYPES
-from distmerge.expressions.compute_pool import usable_cores
+from distmerge.expressions.compute_pool import one_torch_thread, usable_cores
 from distmerge.expressions.evaluate import Place
 from distmerge.expressions.model_questions import ModelQuestions
 from distmerge.expressions.nodes import Expression
@@ -22,6 +22,7 @@ from distmerge.plan.work import KeyTask, WorkUnit
 from distmerge.run.worker import Worker, WorkerSettings
 
 
+@one_torch_thread()
 def collect(
     what: Expression | MergeRequest,
     keys: Collection[str] | None = None,

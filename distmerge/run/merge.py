@@ -9,6 +9,7 @@ from typing import Any
 
 from distmerge.checkpoints.store import OutputStore
 from distmerge.errors import OutputError, RecipeError
+from distmerge.expressions.compute_pool import one_torch_thread
 from distmerge.expressions.lazy import LazyStateDict, open_lazy
 from distmerge.expressions.nodes import Expression, Leaf, TensorLeaf, leaves
 from distmerge.expressions.recipe import load_recipe
@@ -47,6 +48,7 @@ from distmerge.write.publish import (
 from distmerge.write.shard import Receipt, read_receipt
 
 
+@one_torch_thread()
 def merge(what: Any, out: str, *, listener: Listener = silent, **options: Any) -> LazyStateDict:
     """Merge and publish.
 
