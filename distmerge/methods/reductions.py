@@ -116,9 +116,11 @@ def _float64_sum(a: Operand, b: Operand | None) -> float:
     pair = [x for x in (a, b) if x is not None]
     fused = loops_for(*pair)
     if fused is not None:
-        if b is None or b is a:
-            return float((fused.total if b is None else fused.squares)(elements(a)))
-        return float(fused.dot(*map(elements, pair)))
+        if b is None:
+            return float(fused.total(elements(a)))
+        if b is a:
+            return float(fused.squares(elements(a)))
+        return float(fused.dot(elements(a), elements(b)))
     x = computed(a).double()
     x = x if b is None else x * computed(b).double()
     # torch's own sum, not BLAS: a dot product there may depend on where the operands lie.
