@@ -71,20 +71,22 @@ class ComputePool:
         Threads pull items one by one, so a handful of futures serves a hundred thousand items.
         """
         if self._others is None or len(items) <= 1:
-            return [_without_grad(function, item) for item in items]
+            with torch.no_grad():
+                return [function(item) for item in items]
         results: list[R | None] = [None] * len(items)
         todo = iter(range(len(items)))
         failed = threading.Event()
 
         def pull(caught: type[BaseException]) -> tuple[int, BaseException] | None:
-            for i in todo:
-                try:
-                    results[i] = _without_grad(function, items[i])
-                except caught as error:
-                    failed.set()
-                    return i, error
-                if failed.is_set():  # afterwards: what was pulled before another item is done
-                    break
+            with torch.no_grad():  # each thread's own, so it is entered where the work is done
+                for i in todo:
+                    try:
+                        results[i] = function(items[i])
+                    except caught as error:
+                        failed.set()
+                        return i, error
+                    if failed.is_set():  # afterwards: what was pulled before another item is done
+                        break
             return None
 
         count = min(self.threads, len(items)) - 1
@@ -103,8 +105,3 @@ class ComputePool:
     def close(self) -> None:
         if self._others is not None:
             self._others.shutdown()
-
-
-def _without_grad(function: Callable[[T], R], item: T) -> R:
-    with torch.no_grad():  # thread-local, so it has to be entered where the work is done
-        return function(item)

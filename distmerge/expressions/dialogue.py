@@ -26,6 +26,9 @@ from distmerge.methods.sharing import is_shared, once
 Place = tuple[int, int, int]
 """Of a question in an expression: node ordinal, ordinal of the yield, place in its list."""
 
+COUNTED = 2
+"""Counts of a sample at most, to which threads add in turn."""
+
 UNKNOWN: Any = object()
 """A value that needs answers not known yet."""
 
@@ -54,7 +57,8 @@ class Dialogue:
         self._lock = threading.Lock()
         self._answers: dict[int, list[Any]] = {}
         self._asked: Asked | None = None
-        self._sampled: dict[tuple[int, int], tuple[Question, Any]] = {}
+        self._sampled: dict[tuple[int, int], tuple[Question, list[Any]]] = {}
+        """What samples counted, but for what threads are adding to."""
         self._hints: dict[tuple[int, int], Any] = {}
         self._returned = False
         self._leader: Dialogue | None = None
@@ -192,16 +196,20 @@ class Dialogue:
             return
         for j, question in enumerate(questions):
             if hasattr(question, "bracket") and question.over == "tensor":
-                counts = question.partial(None)
                 with self._lock:
-                    _, before = self._sampled.get((ordinal, j), (question, None))
-                    total = counts if before is None else question.merge(before, counts)
-                    self._sampled[ordinal, j] = (question, total)
+                    _, spare = self._sampled.setdefault((ordinal, j), (question, []))
+                    onto = spare.pop() if spare else None
+                counts = question.sampled(onto)  # type: ignore[attr-defined]
+                with self._lock:
+                    if len(spare) < COUNTED:
+                        spare.append(counts)
+                    else:
+                        spare[0] += counts
 
     def use_sample(self) -> None:
         """Turn what the sample said into states to begin with."""
-        for place, (question, counts) in self._sampled.items():
-            self._hints[place] = question.bracket(counts)  # type: ignore[attr-defined]
+        for place, (question, counted) in self._sampled.items():
+            self._hints[place] = question.bracket(sum(counted))  # type: ignore[attr-defined]
         self._sampled.clear()
         self._leader = None
 

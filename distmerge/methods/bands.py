@@ -78,6 +78,10 @@ class Band:
             return BandCut(lower, upper)
         return Again((lower, upper))
 
+    def sampled(self, onto: Counts | None) -> Counts:
+        """As `Cutoff.sampled`: one serves both cuts."""
+        return self.cutoffs[0].sampled(onto)
+
     def bracket(self, sampled: Counts) -> States | None:
         """As `Cutoff.bracket`, for both cuts."""
         states = tuple(cut.bracket(sampled) for cut in self.cutoffs)

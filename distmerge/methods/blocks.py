@@ -12,6 +12,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 BLOCK_ELEMENTS = 1 << 18
@@ -29,7 +30,7 @@ Granularity = Literal["whole", "rows", "elements"]
 one-dimensional tensor is one row), or any run of elements."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Grid:
     """Blocks of one tensor shape.
 
@@ -40,21 +41,21 @@ class Grid:
     shape: tuple[int, ...]
     block: int = BLOCK_ELEMENTS
 
-    @property
+    @cached_property
     def elements(self) -> int:
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def row(self) -> int:
         """Elements of one row."""
         return self.shape[-1] if self.shape else 1
 
-    @property
+    @cached_property
     def whole_rows(self) -> bool:
         """Do blocks consist of whole rows?"""
         return self.row <= self.block
 
-    @property
+    @cached_property
     def step(self) -> int:
         """Elements of a full block."""
         if not self.row:
@@ -95,6 +96,12 @@ class Grid:
 
 
 @functools.lru_cache(maxsize=4096)  # models have few shapes and many tensors
+def grid_of(shape: tuple[int, ...], block: int = BLOCK_ELEMENTS) -> Grid:
+    """`Grid`, which has worked out what it is asked for again and again."""
+    return Grid(shape, block)
+
+
+@functools.lru_cache(maxsize=4096)
 def wide_block(shape: tuple[int, ...], threads: int) -> int:
     """Elements of a block of a tensor for methods that are seamless: they give the same bits
     however many of the grid's blocks are done in one go. Their loops keep to the cache by

@@ -43,4 +43,11 @@ def _fits(x: Operand) -> bool:
 
 def flat(tensor: Tensor) -> np.ndarray[Any, Any]:
     """A tensor's elements in row-major order, as numpy sees them."""
-    return tensor.detach().reshape(-1).numpy()
+    return flat_tensor(tensor).numpy()
+
+
+def flat_tensor(tensor: Tensor) -> Tensor:
+    """A tensor's elements in row-major order, without a history. Blocks mostly lie so, and each
+    step that isn't done saves ten microseconds while other threads wait for Python's lock."""
+    tensor = tensor.detach() if tensor.requires_grad else tensor
+    return tensor if tensor.dim() == 1 else tensor.reshape(-1)

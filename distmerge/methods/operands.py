@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distmerge.methods.blocks import CHUNK
 from distmerge.methods.difference import Difference, Operand, Spread, Thinned, computed
-from distmerge.methods.fusion import flat, fused_for, fused_loops
+from distmerge.methods.fusion import flat, flat_tensor, fused_for, fused_loops
 from distmerge.methods.sharing import is_shared, once
 
 Bits = np.ndarray[Any, Any]
@@ -45,7 +45,7 @@ def loops_for(*xs: Operand) -> ModuleType | None:
 
 def bits(x: Tensor) -> Bits:
     """The bits of bfloat16, in row-major order."""
-    return x.detach().reshape(-1).view(torch.int16).numpy().view(np.uint16)
+    return flat_tensor(x).view(torch.uint16).numpy()
 
 
 def widened(x: Tensor) -> Tensor:

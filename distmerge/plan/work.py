@@ -12,7 +12,7 @@ from distmerge.checkpoints.tensors import FileInfo, TensorInfo
 from distmerge.checkpoints.views import View, stored_bytes
 from distmerge.expressions.alignment import spec_of
 from distmerge.expressions.program import Program
-from distmerge.methods.blocks import BLOCK_ELEMENTS, Grid, wide_block
+from distmerge.methods.blocks import BLOCK_ELEMENTS, Grid, grid_of, wide_block
 
 Origin = tuple[int, int]
 """A leaf, and which of its checkpoints: 0 is its own, further ones are those that views read."""
@@ -50,7 +50,7 @@ class KeyTask:
     @property
     def grid(self) -> Grid:
         """Its blocks."""
-        return Grid(self.shape, self.block)
+        return grid_of(self.shape, self.block)
 
     @property
     def item_size(self) -> int:
