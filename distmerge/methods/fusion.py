@@ -38,7 +38,7 @@ def fused_for(*operands: Operand) -> ModuleType | None:
 def _fits(x: Operand) -> bool:
     if not isinstance(x, Tensor):
         return True
-    return x.dtype == torch.float32 and x.device.type == "cpu"
+    return x.dtype == torch.float32 and x.is_cpu
 
 
 def flat(tensor: Tensor) -> np.ndarray[Any, Any]:

@@ -25,7 +25,7 @@ Bits = np.ndarray[Any, Any]
 
 def reads_raw(x: Tensor) -> bool:
     """Can the fused loops work on what was read as it is?"""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and fused_loops() is not None
+    return x.dtype == torch.bfloat16 and x.is_cpu and fused_loops() is not None
 
 
 def raw_loops(*xs: Tensor) -> ModuleType | None:
