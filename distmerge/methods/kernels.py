@@ -93,11 +93,12 @@ def trim_and_merge(
         merged, share = scratches[2, :width], scratches[3, :width]
         if elects:
             elected = scratches[4, :width]
-            elected[:], merged[:], share[:] = np.float32(0.0), np.float32(0.0), np.float32(0.0)
-            for m in range(models):
+            _weigh(kept[0, :width], votes[0], elected)
+            for m in range(1, models):
                 _vote(kept[m, :width], votes[m], elected)
             _to_signs(elected)
-            for m in range(models):
+            _begin_agreed(kept[0, :width], weights[0], votes[0], elected, merged, share)
+            for m in range(1, models):
                 _add_agreed(kept[m, :width], weights[m], votes[m], elected, merged, share)
             if normalize:
                 _divide(merged, share, least)
@@ -124,6 +125,18 @@ def _vote(kept: Array, vote: Any, elected: Array) -> None:
 def _to_signs(elected: Array) -> None:
     for j in range(elected.size):
         elected[j] = np.float32(1.0) if elected[j] >= np.float32(0.0) else np.float32(-1.0)
+
+
+@_loop
+def _begin_agreed(
+    kept: Array, weight: Any, vote: Any, elected: Array, merged: Array, share: Array
+) -> None:
+    """`_add_agreed` to zeros, which needn't be written first."""
+    for j in range(kept.size):
+        d = kept[j]
+        agrees = np.float32(1.0) if d * vote * elected[j] > np.float32(0.0) else np.float32(0.0)
+        merged[j] = np.float32(0.0) + d * weight * agrees  # never the negative zero
+        share[j] = weight * agrees
 
 
 @_loop

@@ -76,11 +76,16 @@ def keep_chunk(x: Array, bounds: Array, stream: Any, first: Any, scratch: Any, o
     if low == np.float32(np.inf):
         out[:] = zero
         return
-    _keep_beyond(x, low, high, out)
     if not (low_share > zero or high_share > zero):
+        _keep_inside(x, low, high, out)
         return
+    if high == np.float32(np.inf):
+        equals = _keep_and_mark_above(x, low, marks, out)
+    else:
+        _keep_inside(x, low, high, out)
+        equals = _mark_equals(x, low, high, marks)
     begin = np.uint64(first) + np.uint64(1)
-    if _mark_equals(x, low, high, marks) > MANY:
+    if equals > MANY:
         draw(stream, begin, drawn[: x.size])
         _keep_drawn(x, bounds, drawn, out)
         return
@@ -93,13 +98,27 @@ def keep_chunk(x: Array, bounds: Array, stream: Any, first: Any, scratch: Any, o
 
 
 @_loop
-def _keep_beyond(x: Array, low: Any, high: Any, out: Array) -> None:
+def _keep_inside(x: Array, low: Any, high: Any, out: Array) -> None:
     """`x` where its magnitude exceeds `low` but not `high`, zero elsewhere."""
     for i in range(x.size):
         magnitude = abs(x[i])
         beyond = x[i] - x[i]  # not a number, unless finite
         below = np.float32(0.0) if magnitude <= low else x[i]
         out[i] = beyond if magnitude > high else below
+
+
+@_loop
+def _keep_and_mark_above(x: Array, low: Any, marks: Array, out: Array) -> Any:
+    """`_keep_inside` and `_mark_equals` where there is no upper bound, in one pass."""
+    equals = np.int32(0)
+    for i in range(x.size):
+        magnitude = abs(x[i])
+        out[i] = np.float32(0.0) if magnitude <= low else x[i]
+        mark = np.uint8(magnitude == low)
+        marks[i] = mark
+        equals = np.int32(equals + np.int32(mark))
+    marks[x.size :] = np.uint8(0)
+    return equals
 
 
 @_loop
