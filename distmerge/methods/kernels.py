@@ -23,6 +23,7 @@ from distmerge.methods.chunks import chunk, length, row_chunk
 from distmerge.methods.cutoff_kernels import bracket as bracket
 from distmerge.methods.cutoff_kernels import histogram as histogram
 from distmerge.methods.cutoff_kernels import inside as inside
+from distmerge.methods.mark_kernels import thin
 from distmerge.methods.random_kernels import keep_at_random as keep_at_random
 from distmerge.methods.random_kernels import mark_at_random as mark_at_random
 from distmerge.methods.rank_kernels import keep_by_rank as keep_by_rank
@@ -230,6 +231,27 @@ def magnitudes(x: Any, size: int) -> Array:
             for start in range(0, held.size, LANES):
                 _add_magnitudes(held[start : start + LANES], lanes)
         sums[piece] = in_order(lanes)
+    return sums
+
+
+@_loop
+def magnitudes_thinned(x: Any, size: int) -> Array:
+    """`magnitudes` of a thinned task vector before, and after: two columns."""
+    model, base, bits, first = x
+    sums = np.empty(((base.size + size - 1) // size, 2), np.float64)
+    before, after = np.empty(LANES, np.float64), np.empty(LANES, np.float64)
+    scratch = np.empty(CHUNK, np.float32)
+    for piece in range(len(sums)):
+        before[:], after[:] = 0.0, 0.0
+        stop = min((piece + 1) * size, base.size)
+        for at in range(piece * size, stop, CHUNK):
+            held = chunk((model, base), at, scratch[: min(CHUNK, stop - at)])
+            for start in range(0, held.size, LANES):
+                _add_magnitudes(held[start : start + LANES], before)
+            thin(held, bits, first + at)
+            for start in range(0, held.size, LANES):
+                _add_magnitudes(held[start : start + LANES], after)
+        sums[piece, 0], sums[piece, 1] = in_order(before), in_order(after)
     return sums
 
 

@@ -25,18 +25,25 @@ _loop = njit(nogil=True, cache=True)
 
 
 @_loop
-def _drawn(z: Any) -> Any:
-    """The uniform number of a stream's state."""
+def _mixed(z: Any) -> Any:
+    """The number of a stream's state, as 64 bits of which the upper 24 count: the last of
+    SplitMix64's three mixing steps changes none of these."""
     z = (z ^ (z >> np.uint64(30))) * _MIX_1
-    z = (z ^ (z >> np.uint64(27))) * _MIX_2
-    z = z ^ (z >> np.uint64(31))
-    return np.float32(np.int32(z >> np.uint64(40))) * np.float32(2.0**-24)
+    return (z ^ (z >> np.uint64(27))) * _MIX_2
+
+
+@_loop
+def _uniform(mixed: Any) -> Any:
+    return np.float32(np.int32(mixed >> np.uint64(40))) * np.float32(2.0**-24)
 
 
 @_loop
 def number_at(stream: Any, step: Any) -> Any:
     """The uniform number after so many steps: one more than its position."""
-    return _drawn(stream + step * _GOLDEN)
+    return _uniform(_mixed(stream + step * _GOLDEN))
+
+
+# States are added up from one to the next: to multiply 64 bits takes AVX2 eight instructions.
 
 
 @_loop
@@ -50,31 +57,39 @@ def keep_at_random(x: Any, stream: Any, first: int, keep: Any, out: Array) -> No
 
 @_loop
 def _keep_below(x: Array, stream: Any, begin: Any, keep: Any, out: Array) -> None:
+    state = stream + begin * _GOLDEN
     for i in range(x.size):
-        drawn = number_at(stream, begin + np.uint64(i))
+        drawn = _uniform(_mixed(state))
         out[i] = x[i] * (np.float32(1.0) if drawn < keep else np.float32(0.0))
+        state += _GOLDEN
 
 
 @_loop
 def draw(stream: Any, begin: Any, out: Array) -> None:
     """The uniform numbers after `begin` steps, one more, and so on."""
+    state = stream + begin * _GOLDEN
     for i in range(out.size):
-        out[i] = number_at(stream, begin + np.uint64(i))
+        out[i] = _uniform(_mixed(state))
+        state += _GOLDEN
 
 
 @_loop
 def mark_at_random(stream: Any, first: int, keep: Any, size: int, bits: Array) -> None:
     """Mark those of `size` positions whose uniform number is below `keep`."""
     marks = np.empty(CHUNK, np.uint8)
+    # Numbers are multiples of 2**-24 in the upper bits: they are compared as they were mixed.
+    limit = np.uint64(np.ceil(np.float64(keep) * 2.0**24)) << np.uint64(40)
     for start in range(0, size, CHUNK):
         begin = np.uint64(first) + np.uint64(start) + np.uint64(1)
         width = min(CHUNK, size - start)
-        _mark_below(stream, begin, keep, marks[:width])
+        _mark_below(stream, begin, limit, marks[:width])
         marks[width:] = np.uint8(0)
         pack(marks, bits[start // 8 : start // 8 + PLANE])
 
 
 @_loop
-def _mark_below(stream: Any, begin: Any, keep: Any, marks: Array) -> None:
+def _mark_below(stream: Any, begin: Any, limit: Any, marks: Array) -> None:
+    state = stream + begin * _GOLDEN
     for i in range(marks.size):
-        marks[i] = np.uint8(number_at(stream, begin + np.uint64(i)) < keep)
+        marks[i] = np.uint8(_mixed(state) < limit)
+        state += _GOLDEN

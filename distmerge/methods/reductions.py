@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distmerge.methods.difference import Operand, computed, runs_of
+from distmerge.methods.difference import Operand, Thinned, computed, runs_of
 from distmerge.methods.fusion import fused_for
 from distmerge.methods.operands import elements, loops_for
 
@@ -171,6 +171,39 @@ class Norm:
 
 
 @dataclass(frozen=True, slots=True)
+class Norms:
+    """The L1 norm, and that of what sparsifying left: two floats."""
+
+    x: Operand
+    kept: Operand
+    over: Scope = "tensor"
+    exact: bool = False
+
+    def partial(self, state: Any) -> np.ndarray[Any, Any]:
+        found = self.partials(max(self.x.shape.numel(), 1))
+        return found[0] if len(found) else np.zeros(2)
+
+    def partials(self, size: int) -> np.ndarray[Any, Any]:
+        """The same of so many elements at a time, a row for each."""
+        fused = fused_for(self.x, self.kept)
+        if fused is not None and isinstance(self.kept, Thinned) and self.kept.delta is self.x:
+            values = fused.magnitudes_thinned(elements(self.kept), size)
+            if np.isfinite(values).all():
+                return np.asarray(values)
+        return np.array([Norm(self.x).partials(size), Norm(self.kept).partials(size)]).T
+
+    def merge(self, a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        total: np.ndarray[Any, Any] = a + b
+        return total
+
+    def finish(self, total: np.ndarray[Any, Any], state: Any) -> tuple[float, float]:
+        return float(total[0]), float(total[1])
+
+    def bare(self) -> Norms:
+        return replace(self, x=torch.empty(0), kept=torch.empty(0))
+
+
+@dataclass(frozen=True, slots=True)
 class MeanSquare:
     """The mean of the squares of all elements, a float; 0 of none."""
 
@@ -202,8 +235,8 @@ def mean_square(x: Operand, *, over: Scope = "tensor") -> MeanSquare:
 
 def in_pieces(question: Question, state: Any, size: int) -> list[Any]:
     """What a block has to say, so many elements at a time if floats are added up."""
-    if isinstance(question, Norm):
-        return question.partials(size)
+    if isinstance(question, Norm | Norms):
+        return list(question.partials(size))
     pieces = question.pieces(size) if isinstance(question, Sums | MeanSquare) else [question]
     return [piece.partial(state) for piece in pieces]
 

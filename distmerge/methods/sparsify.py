@@ -18,7 +18,7 @@ from distmerge.methods.difference import Bits, Difference, Operand, Thinned, com
 from distmerge.methods.fusion import flat, fused_for
 from distmerge.methods.operands import elements
 from distmerge.methods.random import Draw
-from distmerge.methods.reductions import Norm
+from distmerge.methods.reductions import Norms
 
 Rescale = bool | Literal["l1", "density"]
 """Whether the L1 norm is restored after sparsifying, or the kept share divided out."""
@@ -123,8 +123,8 @@ def rescaled(
         return [k if d in (0.0, 1.0) else computed(k) / d for k, d in pairs], ones
     if not rescale:
         return kept, ones
-    norms = yield [Norm(x) for pair in zip(deltas, kept, strict=True) for x in pair]
-    return kept, list(map(_ratio, norms[::2], norms[1::2]))
+    norms = yield [Norms(*pair) for pair in zip(deltas, kept, strict=True)]
+    return kept, [_ratio(*pair) for pair in norms]
 
 
 def _ratio(before: float, after: float) -> float:
