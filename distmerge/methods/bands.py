@@ -12,9 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distmerge.methods.cutoff import NOTHING, Cut, Cutoff, keep_above, plain_threshold
+from distmerge.methods.cutoff import (
+    NOTHING,
+    Bracket,
+    Cut,
+    Cutoff,
+    Inside,
+    keep_above,
+    plain_threshold,
+)
 from distmerge.methods.difference import Operand
 from distmerge.methods.fusion import flat, fused_for
+from distmerge.methods.operands import elements
 from distmerge.methods.random import Draw
 from distmerge.methods.ranks import Counts
 from distmerge.methods.reductions import Again, Scope
@@ -56,8 +65,24 @@ class Band:
     def partial(self, state: States | None) -> Any:
         if state is None:
             return self.cutoffs[0].partial(None)
+        if (both := self._inside_both(*state)) is not None:
+            return both
         pairs = zip(self.cutoffs, state, strict=True)
         return tuple(None if isinstance(s, Cut) else cut.partial(s) for cut, s in pairs)
+
+    def _inside_both(self, lower: Any, upper: Any) -> tuple[Inside, Inside] | None:
+        """What both cuts' brackets hold, found in one pass where each is to be listed."""
+        listed = all(isinstance(state, Bracket) and state.listed for state in (lower, upper))
+        fused = fused_for(self.x)
+        if fused is None or not listed or not lower.high < upper.low:
+            return None
+        ends = lower.low, lower.high, upper.low, upper.high
+        above, above_upper, counted, found = fused.inside_both(elements(self.x), *ends)
+        first = found <= lower.high
+        return (
+            Inside(above, counted, None, [found[first]]),
+            Inside(above_upper, counted, None, [found[~first]]),
+        )
 
     def merge(self, a: Any, b: Any) -> Any:
         lower, upper = self.cutoffs

@@ -64,8 +64,7 @@ class Cut:
         return replace(self, draw=draw)
 
 
-NOTHING = Cut(math.inf, 0.0)
-EVERYTHING = Cut(0.0, 1.0)
+NOTHING, EVERYTHING = Cut(math.inf, 0.0), Cut(0.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +78,7 @@ class _Prefix:
 
 
 @dataclass(frozen=True, slots=True)
-class _Bracket:
+class Bracket:
     """After a sample: the bits between which the cut lies almost certainly."""
 
     low: int
@@ -88,7 +87,7 @@ class _Bracket:
 
 
 @dataclass(slots=True)
-class _Inside:
+class Inside:
     """What a bracket pass finds."""
 
     above: int
@@ -125,28 +124,23 @@ class Cutoff:
         """Of the magnitudes that are compared."""
         return torch.float32 if self.over == "model" else self.x.dtype
 
-    def partial(self, state: _Prefix | _Bracket | None) -> Any:
+    def partial(self, state: _Prefix | Bracket | None) -> Any:
         if state is None:
-            return self._leading_bits()
-        if isinstance(state, _Bracket):
+            return self.sampled(None)
+        if isinstance(state, Bracket):
             return self._inside(state)
         shift, width = _LEVELS[self.dtype][state.level]
         return self._histogram(shift, width, shift + width, state.prefix)
 
-    def _leading_bits(self, onto: Counts | None = None) -> Counts:
-        """The first histogram. It is the same for every share: shared blocks have it made once."""
-        shift, width = _LEVELS[self.dtype][0]
-        bits = 8 * self.dtype.itemsize - 1
+    def sampled(self, onto: Counts | None) -> Counts:
+        """The first histogram, the same for every share; that of a sample for `bracket`, added to
+        others' if there is one: another array for each part takes as long as to count it."""
+        (shift, width), bits = _LEVELS[self.dtype][0], 8 * self.dtype.itemsize - 1
         if not is_shared():
             return self._histogram(shift, width, bits, 0, onto)
         what = "leading bits", self.dtype, self.rule == "nonzero"
         counts = once(what, [self.x], lambda: self._histogram(shift, width, bits, 0))
         return counts.copy() if onto is None else np.add(onto, counts, out=onto)
-
-    def sampled(self, onto: Counts | None) -> Counts:
-        """The first histogram of a part of a block, for `bracket`; added to that of others, if
-        there is any: to make half a megabyte for each part takes as long as to count it."""
-        return self._leading_bits(onto)
 
     def _histogram(
         self, shift: int, width: int, prefix_shift: int, prefix: int, onto: Counts | None = None
@@ -162,7 +156,7 @@ class Cutoff:
             bits = computed(x).abs().reshape(-1).view(_INTEGER[self.dtype])
             bits = bits[self._counts(bits) & ((bits >> prefix_shift) == prefix)]
             found = torch.bincount((bits >> shift) & ((1 << width) - 1), minlength=1 << width)
-            counts += found.cpu().numpy().astype(np.int32)
+            counts += found.to("cpu", torch.int32).numpy()
         return counts
 
     @property
@@ -173,7 +167,7 @@ class Cutoff:
     def _counts(self, bits: Tensor) -> Tensor:
         return (bits >= self._least) & (bits < _INFINITE[self.dtype])
 
-    def _inside(self, state: _Bracket) -> _Inside:
+    def _inside(self, state: Bracket) -> Inside:
         low, high, least = state.low, state.high, self._least
         counts = None if state.listed else np.zeros(high - low + 1, np.int32)
         found = []
@@ -193,21 +187,20 @@ class Cutoff:
                 found = [within]
             else:
                 counts += np.bincount(within - low, minlength=len(counts)).astype(np.int32)
-        return _Inside(above, counted, counts, found)
+        return Inside(above, counted, counts, found)
 
     def merge(self, a: Any, b: Any) -> Any:
-        if isinstance(a, _Inside):
+        if isinstance(a, Inside):
             counts, counted = a.counts, a.counted + b.counted
             if counts is not None:  # 32 bits, until there may be more equals than these count
                 counts = counts.astype(np.int64, copy=False) if counted >= 1 << 31 else counts
                 counts += b.counts
-            return _Inside(a.above + b.above, counted, counts, a.found + b.found)
+            return Inside(a.above + b.above, counted, counts, a.found + b.found)
         total = a.astype(np.int64, copy=False)
-        total += b
-        return total
+        return np.add(total, b, out=total)
 
-    def finish(self, total: Any, state: _Prefix | _Bracket | None) -> Cut | Again:
-        if isinstance(state, _Bracket):
+    def finish(self, total: Any, state: _Prefix | Bracket | None) -> Cut | Again:
+        if isinstance(state, Bracket):
             return self._finish_bracket(total, state)
         if state is None:
             n = int(total.sum())
@@ -225,7 +218,7 @@ class Cutoff:
             return Again(_Prefix(prefix, above, state.wanted, state.level + 1))
         return self._cut(prefix, (state.wanted - above) / int(total[bucket]))
 
-    def _finish_bracket(self, total: _Inside, state: _Bracket) -> Cut | Again:
+    def _finish_bracket(self, total: Inside, state: Bracket) -> Cut | Again:
         wanted = self.wanted(total.counted) - total.above
         if total.counts is None:
             found = np.concatenate(total.found)
@@ -244,7 +237,7 @@ class Cutoff:
         value = np.array(bits, dtype=f"i{np.dtype(kind).itemsize}").view(kind)
         return Cut(float(value), share, single=self.over == "model")
 
-    def bracket(self, sampled: Counts) -> _Bracket | None:
+    def bracket(self, sampled: Counts) -> Bracket | None:
         """A state to begin with, from the first-level histogram of a sample; None to begin
         without."""
         n = int(sampled.sum())
@@ -258,8 +251,7 @@ class Cutoff:
         if high - low >= WIDEST and not listed:
             return None
         shift, _ = _LEVELS[self.dtype][0]
-        least = 1 if self.rule == "nonzero" else 0
-        return _Bracket(max(low << shift, least), ((high + 1) << shift) - 1, listed)
+        return Bracket(max(low << shift, self._least), ((high + 1) << shift) - 1, listed)
 
     def bare(self) -> Cutoff:
         return replace(self, x=torch.empty(0, dtype=self.x.dtype))

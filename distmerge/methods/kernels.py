@@ -23,6 +23,7 @@ from distmerge.methods.chunks import chunk, length, row_chunk
 from distmerge.methods.cutoff_kernels import bracket as bracket
 from distmerge.methods.cutoff_kernels import histogram as histogram
 from distmerge.methods.cutoff_kernels import inside as inside
+from distmerge.methods.cutoff_kernels import inside_both as inside_both
 from distmerge.methods.mark_kernels import thin
 from distmerge.methods.random_kernels import keep_at_random as keep_at_random
 from distmerge.methods.random_kernels import mark_at_random as mark_at_random

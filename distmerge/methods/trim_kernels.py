@@ -82,8 +82,7 @@ def keep_chunk(x: Array, bounds: Array, stream: Any, first: Any, scratch: Any, o
     if high == np.float32(np.inf):
         equals = _keep_and_mark_above(x, low, marks, out)
     else:
-        _keep_inside(x, low, high, out)
-        equals = _mark_equals(x, low, high, marks)
+        equals = _keep_and_mark_inside(x, low, high, marks, out)
     begin = np.uint64(first) + np.uint64(1)
     if equals > MANY:
         draw(stream, begin, drawn[: x.size])
@@ -108,13 +107,15 @@ def _keep_inside(x: Array, low: Any, high: Any, out: Array) -> None:
 
 
 @_loop
-def _keep_and_mark_above(x: Array, low: Any, marks: Array, out: Array) -> Any:
-    """`_keep_inside` and `_mark_equals` where there is no upper bound, in one pass."""
+def _keep_and_mark_inside(x: Array, low: Any, high: Any, marks: Array, out: Array) -> Any:
+    """`_keep_inside`; mark the magnitudes that equal either bound as well. How many do?"""
     equals = np.int32(0)
     for i in range(x.size):
         magnitude = abs(x[i])
-        out[i] = np.float32(0.0) if magnitude <= low else x[i]
-        mark = np.uint8(magnitude == low)
+        beyond = x[i] - x[i]  # not a number, unless finite
+        below = np.float32(0.0) if magnitude <= low else x[i]
+        out[i] = beyond if magnitude > high else below
+        mark = np.uint8((magnitude == low) | (magnitude == high))
         marks[i] = mark
         equals = np.int32(equals + np.int32(mark))
     marks[x.size :] = np.uint8(0)
@@ -122,12 +123,13 @@ def _keep_and_mark_above(x: Array, low: Any, marks: Array, out: Array) -> Any:
 
 
 @_loop
-def _mark_equals(x: Array, low: Any, high: Any, marks: Array) -> Any:
-    """Mark the magnitudes that equal either; how many do?"""
+def _keep_and_mark_above(x: Array, low: Any, marks: Array, out: Array) -> Any:
+    """The same without an upper bound."""
     equals = np.int32(0)
     for i in range(x.size):
         magnitude = abs(x[i])
-        mark = np.uint8((magnitude == low) | (magnitude == high))
+        out[i] = np.float32(0.0) if magnitude <= low else x[i]
+        mark = np.uint8(magnitude == low)
         marks[i] = mark
         equals = np.int32(equals + np.int32(mark))
     marks[x.size :] = np.uint8(0)

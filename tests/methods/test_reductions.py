@@ -14,7 +14,7 @@ from methods.trees import plain_loops
 
 from distmerge.methods.cutoff import Cut, cutoff, keep_above
 from distmerge.methods.random import Draw
-from distmerge.methods.ranks import kept_count
+from distmerge.methods.ranks import bucket_of, kept_count
 from distmerge.methods.reductions import Again, dots, largest, total
 
 FLOATS = {torch.float32: np.float32, torch.float64: np.float64}
@@ -75,6 +75,19 @@ def light_fine_tune(n, seed=0):
 
 
 # --- cutoff
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=2000).filter(any),
+    st.floats(0, 1),
+    st.sampled_from([np.int32, np.int64]),
+)
+def test_the_bucket_is_that_of_the_rank_from_the_top(counts, share, dtype):
+    in_order = np.repeat(np.arange(len(counts)), counts)[::-1]
+    wanted = 1 + int(share * (len(in_order) - 1))
+    bucket, above = bucket_of(np.array(counts, dtype), wanted)
+    assert bucket == in_order[wanted - 1]
+    assert above == int((in_order > bucket).sum())
 
 
 finite32 = st.floats(width=32, allow_nan=False, allow_infinity=False)

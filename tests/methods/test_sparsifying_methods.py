@@ -20,11 +20,11 @@ from distmerge.expressions.compute_pool import ComputePool
 from distmerge.expressions.evaluate import Evaluation
 from distmerge.expressions.settle import settle
 from distmerge.methods.bands import BandCut, band, keep_band, trim
-from distmerge.methods.cutoff import Cut, cutoff, keep_above
+from distmerge.methods.cutoff import Bracket, Cut, cutoff, keep_above
 from distmerge.methods.difference import Difference, Spread, Thinned, computed, runs_of
 from distmerge.methods.random import Draw, Remembered
 from distmerge.methods.rank_kernels import CELLS, _cell_chances
-from distmerge.methods.reductions import Again, Norm, mean_square
+from distmerge.methods.reductions import Again, Norm, Norms, mean_square
 from distmerge.methods.sce import selected, spread
 from distmerge.methods.sparsify import chances, keep_at_random, keep_by_rank
 
@@ -169,6 +169,35 @@ def test_a_sample_saves_a_pass_and_changes_no_answer(loops):
     assert (ask([question], begin), twice) == ((exact, 1), 2)
     misled = question.bracket(question.partial(None) * 0 + np.eye(1, 1 << 16, 5, dtype=np.int64)[0])
     assert ask([question], misled)[0] == exact
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_cuts_are_looked_for_in_one_pass(dtype, loops):
+    """What lies between their brackets' ends, counted by comparing each magnitude with these."""
+    base, model = ((0.02 * normal(71, 83, seed=s)).to(dtype) for s in (0, 1))
+    model.view(-1)[::61], model[3, 4] = math.inf, math.nan
+    magnitudes = (model.float() - base.float()).abs()
+    magnitudes = magnitudes[magnitudes.isfinite()].sort().values
+    n = len(magnitudes)
+    at = [n // 10, n // 8, n // 2, n // 2 + 40]
+    ends = magnitudes[at].view(torch.int32).tolist()
+    states = Bracket(*ends[:2], listed=True), Bracket(*ends[2:], listed=True)
+    found = band(Difference(model, base), keep=0.5, skip=0.1).partial(states)
+    for (low, high), inside in zip((ends[:2], ends[2:]), found, strict=True):
+        bits = magnitudes.view(torch.int32)
+        assert inside.counted == n
+        assert inside.above == int((bits > high).sum())
+        within = bits[(bits >= low) & (bits <= high)].numpy()
+        assert sorted(np.concatenate(inside.found)) == within.tolist()
+
+
+def test_samples_are_added_to_what_others_counted(loops):
+    parts = [light_fine_tune(n, seed=n) for n in (5000, 300, 1)]
+    counts = None
+    for part in parts:
+        counts = cutoff(part, keep=0.2).sampled(counts)
+    leading = torch.cat(parts).abs().view(torch.int32) >> 15
+    assert np.array_equal(counts, np.bincount(leading.numpy(), minlength=1 << 16))
 
 
 def test_bands_fold_in_any_order():
@@ -318,6 +347,29 @@ def test_magnitudes_are_summed_piece_by_piece(size):
     kept = keep_at_random(Difference(model, base), 0.5, DRAW, 0)
     expected = [x.double().abs().sum().item() for x in computed(kept).view(-1).split(size)]
     assert Norm(kept).partials(size) == pytest.approx(expected, rel=1e-13)
+
+
+@pytest.mark.parametrize("size", [1, 700, 1024, 2500, 10**6])
+def test_norms_before_and_after_are_summed_piece_by_piece(size, loops):
+    base, model = (normal(71, 83, seed=seed).bfloat16() for seed in (0, 1))
+    delta = Difference(model, base)
+    kept = keep_at_random(delta, 0.5, DRAW, 0)
+    expected = [
+        [float(piece.double().abs().sum()) for piece in computed(x).reshape(-1).split(size)]
+        for x in (delta, kept)
+    ]
+    found = np.array(Norms(delta, kept).partials(size))
+    assert pytest.approx(np.array(expected), rel=1e-13) == found.T
+
+
+def test_norms_leave_out_what_is_not_finite(loops):
+    base, model = torch.ones(2000).bfloat16(), torch.full((2000,), 3.0).bfloat16()
+    model[5], model[7] = math.inf, math.nan
+    delta = Difference(model, base)
+    kept = keep_at_random(delta, 0.5, DRAW, 0)
+    left = computed(kept)
+    found = Norms(delta, kept).partial(None)
+    assert found.tolist() == [2.0 * 1998, 2.0 * int((left == 2.0).sum())]
 
 
 @pytest.mark.parametrize("method", ["dare_ties", "della", "sce"])
