@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from distmerge.expressions.state_dict import StateDict
     from distmerge.importance import estimate_fisher, save_importance
     from distmerge.methods.agents import ram, ramplus_tl
-    from distmerge.methods.cutoff import cutoff, keep_above
+    from distmerge.methods.cutoff import cutoff
     from distmerge.methods.declare import dict_map, layer_merge, model_merge
     from distmerge.methods.della import della, della_linear
     from distmerge.methods.examples import max_magnitude, median
@@ -88,6 +88,7 @@ if TYPE_CHECKING:
     )
     from distmerge.methods.task_vectors import dare_linear as dare
     from distmerge.methods.task_vectors import task_arithmetic as task
+    from distmerge.methods.trim import keep_above
     from distmerge.run.merge import merge
     from distmerge.sweeps.run import sweep
     from distmerge.sweeps.search import search
@@ -182,7 +183,7 @@ _HOMES = {
     "find_method": "methods.registry",
     "fisher": "expressions.fisher_call",
     "karcher": "methods.spherical",
-    "keep_above": "methods.cutoff",
+    "keep_above": "methods.trim",
     "largest": "methods.reductions",
     "layer_merge": "methods.declare",
     "linear": "methods.linear",

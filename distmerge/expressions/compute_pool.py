@@ -78,7 +78,8 @@ class ComputePool:
         failed = threading.Event()
 
         def pull(caught: type[BaseException]) -> tuple[int, BaseException] | None:
-            with torch.no_grad():  # each thread's own, so it is entered where the work is done
+            # Each thread's own, so it is entered where the work is done; once, as blocks are many.
+            with torch.no_grad():
                 for i in todo:
                     try:
                         results[i] = function(items[i])

@@ -27,7 +27,7 @@ Place = tuple[int, int, int]
 """Of a question in an expression: node ordinal, ordinal of the yield, place in its list."""
 
 COUNTED = 2
-"""Counts of a sample at most, to which threads add in turn."""
+"""Arrays of counts at most that are kept for a question while its samples are looked at."""
 
 UNKNOWN: Any = object()
 """A value that needs answers not known yet."""
@@ -58,7 +58,7 @@ class Dialogue:
         self._answers: dict[int, list[Any]] = {}
         self._asked: Asked | None = None
         self._sampled: dict[tuple[int, int], tuple[Question, list[Any]]] = {}
-        """What samples counted, but for what threads are adding to."""
+        """Questions, each with arrays of what samples counted, to which no thread adds just now."""
         self._hints: dict[tuple[int, int], Any] = {}
         self._returned = False
         self._leader: Dialogue | None = None
@@ -197,10 +197,11 @@ class Dialogue:
         for j, question in enumerate(questions):
             if hasattr(question, "bracket") and question.over == "tensor":
                 with self._lock:
-                    _, spare = self._sampled.setdefault((ordinal, j), (question, []))
+                    _, spare = self._sampled.get((ordinal, j), (question, []))
                     onto = spare.pop() if spare else None
                 counts = question.sampled(onto)  # type: ignore[attr-defined]
                 with self._lock:
+                    _, spare = self._sampled.setdefault((ordinal, j), (question, []))
                     if len(spare) < COUNTED:
                         spare.append(counts)
                     else:
@@ -209,7 +210,8 @@ class Dialogue:
     def use_sample(self) -> None:
         """Turn what the sample said into states to begin with."""
         for place, (question, counted) in self._sampled.items():
-            self._hints[place] = question.bracket(sum(counted))  # type: ignore[attr-defined]
+            if counted:  # else whoever was adding to it has failed
+                self._hints[place] = question.bracket(sum(counted))  # type: ignore[attr-defined]
         self._sampled.clear()
         self._leader = None
 

@@ -222,7 +222,7 @@ class Evaluation:
         self, step: Call, dialogue: Dialogue | None, index: int, start: int, tensors: list[Tensor]
     ) -> Any:
         """A method's result on one block, or `UNKNOWN`."""
-        # Ours don't write to their inputs, as their tests say.
+        # Ours don't write to their inputs: see `test_inputs_are_left_alone`.
         watched = [] if step.method.builtin else tensors
         versions = [version_of(tensor) for tensor in watched]
         try:

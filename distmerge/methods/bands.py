@@ -8,21 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from distmerge.methods.cutoff import (
-    NOTHING,
     Bracket,
     Cut,
     Cutoff,
     Inside,
-    keep_above,
-    plain_threshold,
 )
 from distmerge.methods.difference import Operand
-from distmerge.methods.fusion import flat, fused_for
+from distmerge.methods.fusion import fused_for
 from distmerge.methods.operands import elements
 from distmerge.methods.random import Draw
 from distmerge.methods.ranks import Counts
@@ -120,51 +115,3 @@ def band(x: Operand, *, keep: float, skip: float, over: Scope = "tensor") -> Ban
     """The magnitudes between which int(keep * n) of n elements lie when int(skip * n) of the
     largest, or as many as there are besides, are left out."""
     return Band(x, keep, skip, over)
-
-
-def keep_band(x: Tensor, cut: BandCut) -> Tensor:
-    """`x` with everything outside the band set to zero. What is not finite stays so."""
-    return keep_above(x, cut.lower) - keep_above(x, cut.upper)
-
-
-def trim(x: Tensor, cut: Cut | BandCut) -> Tensor:
-    """`keep_above` or `keep_band`."""
-    fused = fused_for(x)
-    if fused is None:
-        return keep_above(x, cut) if isinstance(cut, Cut) else keep_band(x, cut)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    found = edges(cut)
-    bounds = np.array(found.bounds, np.float32)
-    fused.keep_between(flat(x), bounds, found.stream, found.first, flat(out))
-    return out
-
-
-@dataclass(frozen=True, slots=True)
-class Edges:
-    """A cut as the fused loops take it."""
-
-    bounds: tuple[float, float, float, float]
-    """Kept is what exceeds the first magnitude, and of its equals the second's share; dropped is
-    what exceeds the third, and of its equals the fourth's share."""
-    stream: np.uint64
-    """Of the draw among equals."""
-    first: int
-    """The position that the block begins at."""
-
-
-def edges(cut: Cut | BandCut) -> Edges:
-    """Where a cut lies."""
-    lower, upper = (cut, NOTHING) if isinstance(cut, Cut) else (cut.lower, cut.upper)
-    low, high = _edge(lower), _edge(upper)
-    draw = lower.draw or Draw(0, (), 0)
-    assert lower.draw or not (low[1] or high[1]), "the evaluator gives every answer its draw"
-    return Edges((*low, *high), np.uint64(draw.stream()), draw.start)
-
-
-def _edge(cut: Cut) -> tuple[float, float]:
-    """A magnitude up to which everything is on the lower side, and the share of its equals that
-    are on the upper side all the same."""
-    threshold = plain_threshold(cut, torch.float32)
-    if threshold is not None:
-        return threshold, 0.0
-    return cut.value, cut.share

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distmerge.methods.bands import BandCut, edges, trim
+from distmerge.methods.bands import BandCut
 from distmerge.methods.cutoff import EVERYTHING, Cut
 from distmerge.methods.difference import Operand, computed
 from distmerge.methods.fusion import fused_for
 from distmerge.methods.operands import elements, rows
+from distmerge.methods.trim import edges, trim
 from distmerge.methods.unrounded import Unrounded, unrounded_allowed
 
 SignWeighting = Literal["weighted", "paper"]

@@ -64,7 +64,8 @@ class Cut:
         return replace(self, draw=draw)
 
 
-NOTHING, EVERYTHING = Cut(math.inf, 0.0), Cut(0.0, 1.0)
+NOTHING = Cut(math.inf, 0.0)
+EVERYTHING = Cut(0.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +134,8 @@ class Cutoff:
         return self._histogram(shift, width, shift + width, state.prefix)
 
     def sampled(self, onto: Counts | None) -> Counts:
-        """The first histogram, the same for every share; that of a sample for `bracket`, added to
-        others' if there is one: another array for each part takes as long as to count it."""
+        """The first histogram, which is the same for every share. Parts of a sample are added up in
+        `onto`, which is returned: another array for each would take as long as to count it."""
         (shift, width), bits = _LEVELS[self.dtype][0], 8 * self.dtype.itemsize - 1
         if not is_shared():
             return self._histogram(shift, width, bits, 0, onto)
@@ -146,8 +147,10 @@ class Cutoff:
         self, shift: int, width: int, prefix_shift: int, prefix: int, onto: Counts | None = None
     ) -> Counts:
         """Counts of `width` bits from `shift` on, where the bits from `prefix_shift` on equal
-        `prefix`, added to others; infinities and NaN are left out. 32 bits do for a block."""
-        counts = np.zeros(1 << width, np.int32) if onto is None else onto
+        `prefix`, added to others; infinities and NaN are left out."""
+        # Of what fewer can be equal than 32 bits count: blocks, but not every whole tensor.
+        kind = np.int32 if self.x.shape.numel() < 1 << 31 else np.int64
+        counts = np.zeros(1 << width, kind) if onto is None else onto
         x = self.x if self.x.dtype == self.dtype else computed(self.x).to(self.dtype)
         fused = fused_for(x)
         if fused is not None:
@@ -156,7 +159,7 @@ class Cutoff:
             bits = computed(x).abs().reshape(-1).view(_INTEGER[self.dtype])
             bits = bits[self._counts(bits) & ((bits >> prefix_shift) == prefix)]
             found = torch.bincount((bits >> shift) & ((1 << width) - 1), minlength=1 << width)
-            counts += found.to("cpu", torch.int32).numpy()
+            counts += found.cpu().numpy()
         return counts
 
     @property
@@ -268,33 +271,3 @@ def cutoff(x: Operand, *, keep: float, over: Scope = "tensor", nonzero: bool = F
         at least one element is kept.
     """
     return Cutoff(x, keep, over, "nonzero" if nonzero else "largest")
-
-
-def keep_above(x: Tensor, cut: Cut) -> Tensor:
-    """`x` with everything below the cut set to zero."""
-    if cut.value == math.inf:
-        return torch.zeros_like(x)
-    if cut.value == 0.0 and cut.share == 1.0:
-        return x
-    if cut.single and x.dtype == torch.float64:
-        return torch.where(keep_above(x.float(), cut) == 0, 0.0, x)
-    x = x.contiguous()
-    threshold = plain_threshold(cut, x.dtype)
-    if threshold is not None:
-        return torch.nn.functional.hardshrink(x, threshold)
-    assert cut.draw is not None, "the evaluator gives every answer its draw"
-    kept = torch.nn.functional.hardshrink(x, cut.value)
-    target, source = kept.view(-1), x.view(-1)
-    equals = torch.nonzero(source.abs() == cut.value).view(-1)
-    chosen = equals[cut.draw.uniform_at(equals) < cut.share]
-    target[chosen] = source[chosen]
-    return kept
-
-
-def plain_threshold(cut: Cut, dtype: torch.dtype) -> float | None:
-    """The magnitude up to which everything is dropped; None if a draw among equals decides."""
-    if cut.share == 1.0:
-        # The next smaller float, so that 'greater than' keeps what equals the cut.
-        kind = _FLOAT[dtype]
-        return float(np.nextafter(kind(cut.value), kind(0))) if cut.value > 0.0 else -1.0
-    return cut.value if cut.share == 0.0 or cut.value == 0.0 else None

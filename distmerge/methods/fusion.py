@@ -47,7 +47,7 @@ def flat(tensor: Tensor) -> np.ndarray[Any, Any]:
 
 
 def flat_tensor(tensor: Tensor) -> Tensor:
-    """A tensor's elements in row-major order, without a history. Blocks mostly lie so, and each
-    step that isn't done saves ten microseconds while other threads wait for Python's lock."""
+    """A tensor's elements in row-major order, without a history. Blocks mostly lie so, and are
+    many: a step that isn't needed isn't done."""
     tensor = tensor.detach() if tensor.requires_grad else tensor
     return tensor if tensor.dim() == 1 else tensor.reshape(-1)

@@ -31,7 +31,8 @@ _MIX_1 = _signed(0xBF58476D1CE4E5B9)
 _MIX_2 = _signed(0x94D049BB133111EB)
 
 
-@functools.lru_cache(maxsize=4096, typed=True)  # each of a key's blocks asks for the same
+# Each of a key's blocks asks for the same. `typed`, as 1, 1.0 and True are equal, but not as text.
+@functools.lru_cache(maxsize=4096, typed=True)
 def stream_seed(seed: int, *place: object) -> int:
     """64 bits for the stream at `place`: node ordinal, key, model ordinal and the like."""
     text = "\0".join(map(str, (seed, *place))).encode()

@@ -43,9 +43,6 @@ def number_at(stream: Any, step: Any) -> Any:
     return _uniform(_mixed(stream + step * _GOLDEN))
 
 
-# States are added up from one to the next: to multiply 64 bits takes AVX2 eight instructions.
-
-
 @_loop
 def keep_at_random(x: Any, stream: Any, first: int, keep: Any, out: Array) -> None:
     """`x` where the uniform number of its position is below `keep`, zero elsewhere."""
@@ -57,6 +54,8 @@ def keep_at_random(x: Any, stream: Any, first: int, keep: Any, out: Array) -> No
 
 @_loop
 def _keep_below(x: Array, stream: Any, begin: Any, keep: Any, out: Array) -> None:
+    # Here and below, a state is the one before plus a step: to multiply 64 bits takes AVX2 eight
+    # instructions.
     state = stream + begin * _GOLDEN
     for i in range(x.size):
         drawn = _uniform(_mixed(state))
@@ -77,8 +76,8 @@ def draw(stream: Any, begin: Any, out: Array) -> None:
 def mark_at_random(stream: Any, first: int, keep: Any, size: int, bits: Array) -> None:
     """Mark those of `size` positions whose uniform number is below `keep`."""
     marks = np.empty(CHUNK, np.uint8)
-    # Numbers are multiples of 2**-24 in the upper bits: they are compared as they were mixed.
-    limit = np.uint64(np.ceil(np.float64(keep) * 2.0**24)) << np.uint64(40)
+    # Numbers are multiples of 2**-24, so that so many of them are below `keep`.
+    limit = np.int32(np.ceil(np.float64(keep) * 2.0**24))
     for start in range(0, size, CHUNK):
         begin = np.uint64(first) + np.uint64(start) + np.uint64(1)
         width = min(CHUNK, size - start)
@@ -91,5 +90,5 @@ def mark_at_random(stream: Any, first: int, keep: Any, size: int, bits: Array) -
 def _mark_below(stream: Any, begin: Any, limit: Any, marks: Array) -> None:
     state = stream + begin * _GOLDEN
     for i in range(marks.size):
-        marks[i] = np.uint8(_mixed(state) < limit)
+        marks[i] = np.uint8(np.int32(_mixed(state) >> np.uint64(40)) < limit)
         state += _GOLDEN

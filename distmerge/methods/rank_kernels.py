@@ -94,12 +94,12 @@ def _cell_chances(cells: Array, least: float, step: float, sure: Array, maybe: A
         count, seen = np.int32(cells[c]), np.uint32(cells[c] >> np.uint64(32))
         equals = (seen & (seen >> np.uint32(CELL_SHIFT)) & _LOWER) == np.uint32(0)
         apart = np.int32(np.int32(0) if equals else count - np.int32(1))
-        first = np.int32(np.int32(2) * below[c] + count - np.int32(1) - apart)
-        last = np.int32(first + np.int32(2) * apart)
-        sure[c] = np.float32(least + step * np.float64(first))
-        maybe[c] = np.float32(least + step * np.float64(last))
+        # In float64, exact: AVX2 has no conversion of the 64-bit integers that numba would make.
+        first = 2.0 * np.float64(below[c]) + np.float64(np.int32(count - np.int32(1) - apart))
+        sure[c] = np.float32(least + step * first)
+        maybe[c] = np.float32(least + step * (first + 2.0 * np.float64(apart)))
         most = max(most, apart)
-    return np.float32(step * np.float64(np.int32(2) * most) + ROUNDING)
+    return np.float32(step * (2.0 * np.float64(most)) + ROUNDING)
 
 
 @_loop

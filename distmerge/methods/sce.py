@@ -10,7 +10,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmerge.methods.bands import edges, trim
 from distmerge.methods.consensus import Consensus
 from distmerge.methods.cutoff import Cut, cutoff
 from distmerge.methods.difference import Bits, Difference, Operand, Spread, Thinned, computed
@@ -21,6 +20,7 @@ from distmerge.methods.random import Draw
 from distmerge.methods.reductions import mean_square
 from distmerge.methods.sparsify import room_for_marks
 from distmerge.methods.task_vectors import declared
+from distmerge.methods.trim import edges, trim
 
 LEAST = 1e-6
 """Sums of weights below this don't divide."""

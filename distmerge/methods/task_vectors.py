@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import Tensor
 
-from distmerge.methods.bands import band, trim
+from distmerge.methods.bands import band
 from distmerge.methods.consensus import Consensus, SignWeighting
 from distmerge.methods.cutoff import cutoff
 from distmerge.methods.difference import Operand, computed
@@ -28,6 +28,7 @@ from distmerge.methods.random import Draw
 from distmerge.methods.reductions import Question, Scope
 from distmerge.methods.signature import describe
 from distmerge.methods.sparsify import Rescale, keep_at_random, rescaled
+from distmerge.methods.trim import trim
 from distmerge.methods.unrounded import Unrounded
 
 Share = Annotated[float, Field(ge=0, le=1)]

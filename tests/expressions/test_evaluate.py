@@ -16,9 +16,10 @@ from distmerge.expressions.evaluate import Evaluation
 from distmerge.expressions.model_questions import ModelQuestions
 from distmerge.expressions.nodes import Binary
 from distmerge.expressions.settle import settle
-from distmerge.methods.cutoff import Cut, cutoff, keep_above
+from distmerge.methods.cutoff import Cut, cutoff
 from distmerge.methods.declare import layer_merge
 from distmerge.methods.reductions import dots, largest, total
+from distmerge.methods.trim import keep_above
 
 LARGE = (9000, 63)
 """Three blocks; the first two of 4161 rows."""

@@ -1,6 +1,7 @@
 """What every registered method keeps to, tried on all of them: see `cases`."""
 
 import pickle
+from contextlib import nullcontext
 from functools import lru_cache
 
 import numpy as np
@@ -221,10 +222,13 @@ class TestEveryMethod:
 
     # --- manners
 
-    def test_inputs_are_left_alone(self, case):
-        given = case.tensors(SMALL)
+    @pytest.mark.parametrize("plain", [False, True], ids=["fused", "plain"])
+    @pytest.mark.parametrize("shape", [SMALL, LARGE], ids=["small", "large"])
+    def test_inputs_are_left_alone(self, case, shape, plain):
+        given = case.tensors(shape)
         before = each(given, torch.clone)
-        case.merge(**given).fill_(7.0)
+        with plain_loops() if plain else nullcontext():
+            case.merge(**given).fill_(7.0)
         for name, value in given.items():
             pairs = zip(value, before[name], strict=True) if isinstance(value, list) else []
             assert all(torch.equal(x, y) for x, y in pairs)

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from methods.trees import plain_loops
 
-from distmerge.methods.cutoff import Cut, cutoff, keep_above
+from distmerge.methods.cutoff import Cut, cutoff
 from distmerge.methods.random import Draw
 from distmerge.methods.ranks import bucket_of, kept_count
 from distmerge.methods.reductions import Again, dots, largest, total
+from distmerge.methods.trim import keep_above
 
 FLOATS = {torch.float32: np.float32, torch.float64: np.float64}
 
@@ -78,16 +79,28 @@ def light_fine_tune(n, seed=0):
 
 
 @given(
-    st.lists(st.integers(0, 3), min_size=1, max_size=2000).filter(any),
+    st.sampled_from([1, 255, 256, 257, 700, 1 << 16]),
+    st.dictionaries(st.integers(0, (1 << 16) - 1), st.integers(1, 3), min_size=1, max_size=40),
     st.floats(0, 1),
     st.sampled_from([np.int32, np.int64]),
 )
-def test_the_bucket_is_that_of_the_rank_from_the_top(counts, share, dtype):
-    in_order = np.repeat(np.arange(len(counts)), counts)[::-1]
+def test_the_bucket_is_that_of_the_rank_from_the_top(size, filled, share, dtype):
+    counts = np.zeros(size, dtype)
+    for place, count in filled.items():
+        counts[place % size] += count
+    in_order = np.repeat(np.arange(size), counts)[::-1]
     wanted = 1 + int(share * (len(in_order) - 1))
-    bucket, above = bucket_of(np.array(counts, dtype), wanted)
+    bucket, above = bucket_of(counts, wanted)
     assert bucket == in_order[wanted - 1]
     assert above == int((in_order > bucket).sum())
+
+
+def test_counts_of_blocks_add_up_beyond_32_bits():
+    question = cutoff(torch.ones(10), keep=0.5)
+    block = question.partial(None)
+    block[block > 0] = (1 << 31) - 1
+    total = question.merge(question.merge(block.copy(), block), block)
+    assert int(total.sum()) == 3 * ((1 << 31) - 1)
 
 
 finite32 = st.floats(width=32, allow_nan=False, allow_infinity=False)

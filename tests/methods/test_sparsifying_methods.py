@@ -2,6 +2,7 @@
 only they use."""
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -19,14 +20,17 @@ from distmerge.expressions.alignment import align
 from distmerge.expressions.compute_pool import ComputePool
 from distmerge.expressions.evaluate import Evaluation
 from distmerge.expressions.settle import settle
-from distmerge.methods.bands import BandCut, band, keep_band, trim
-from distmerge.methods.cutoff import Bracket, Cut, cutoff, keep_above
+from distmerge.methods.bands import BandCut, band
+from distmerge.methods.cutoff import Bracket, Cut, cutoff
 from distmerge.methods.difference import Difference, Spread, Thinned, computed, runs_of
+from distmerge.methods.fusion import fused_for
 from distmerge.methods.random import Draw, Remembered
 from distmerge.methods.rank_kernels import CELLS, _cell_chances
 from distmerge.methods.reductions import Again, Norm, Norms, mean_square
 from distmerge.methods.sce import selected, spread
+from distmerge.methods.sharing import shared
 from distmerge.methods.sparsify import chances, keep_at_random, keep_by_rank
+from distmerge.methods.trim import keep_above, keep_band, trim
 
 WEIGHTS = [0.7, 0.2, 0.45]
 SIGNED = [0.9, -0.4, 0.3]
@@ -172,20 +176,25 @@ def test_a_sample_saves_a_pass_and_changes_no_answer(loops):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_both_cuts_are_looked_for_in_one_pass(dtype, loops):
-    """What lies between their brackets' ends, counted by comparing each magnitude with these."""
+@pytest.mark.parametrize(
+    ("ranks", "apart"),
+    [((0.1, 0.12, 0.5, 0.51), True), ((0, 0.1, 0.1, 0.3), False), ((0.2, 0.6, 0.4, 0.9), False)],
+)
+def test_both_cuts_are_looked_for_in_one_pass(dtype, ranks, apart, loops):
+    """What lies between their brackets' ends, counted by comparing each magnitude with these;
+    brackets that touch are looked at one after the other."""
     base, model = ((0.02 * normal(71, 83, seed=s)).to(dtype) for s in (0, 1))
     model.view(-1)[::61], model[3, 4] = math.inf, math.nan
+    model[5], model[6], base[6] = base[5], -0.0, 0.0
     magnitudes = (model.float() - base.float()).abs()
-    magnitudes = magnitudes[magnitudes.isfinite()].sort().values
-    n = len(magnitudes)
-    at = [n // 10, n // 8, n // 2, n // 2 + 40]
-    ends = magnitudes[at].view(torch.int32).tolist()
+    bits = magnitudes[magnitudes.isfinite()].sort().values.view(torch.int32)
+    ends = bits[[int(rank * (len(bits) - 1)) for rank in ranks]].tolist()
     states = Bracket(*ends[:2], listed=True), Bracket(*ends[2:], listed=True)
-    found = band(Difference(model, base), keep=0.5, skip=0.1).partial(states)
-    for (low, high), inside in zip((ends[:2], ends[2:]), found, strict=True):
-        bits = magnitudes.view(torch.int32)
-        assert inside.counted == n
+    question = band(Difference(model, base), keep=0.5, skip=0.1)
+    fused = fused_for(question.x) is not None
+    assert (question._inside_both(*states) is not None) == (fused and apart)
+    for (low, high), inside in zip((ends[:2], ends[2:]), question.partial(states), strict=True):
+        assert inside.counted == len(bits)
         assert inside.above == int((bits > high).sum())
         within = bits[(bits >= low) & (bits <= high)].numpy()
         assert sorted(np.concatenate(inside.found)) == within.tolist()
@@ -194,8 +203,9 @@ def test_both_cuts_are_looked_for_in_one_pass(dtype, loops):
 def test_samples_are_added_to_what_others_counted(loops):
     parts = [light_fine_tune(n, seed=n) for n in (5000, 300, 1)]
     counts = None
-    for part in parts:
-        counts = cutoff(part, keep=0.2).sampled(counts)
+    for number, part in enumerate(parts):
+        with shared() if number == 1 else nullcontext():
+            counts = cutoff(part, keep=0.2).sampled(counts)
     leading = torch.cat(parts).abs().view(torch.int32) >> 15
     assert np.array_equal(counts, np.bincount(leading.numpy(), minlength=1 << 16))
 
@@ -334,6 +344,18 @@ def test_what_is_left_to_the_loops_is_thinned_as_a_tensor_is(dtype, shape):
             assert_same(torch.cat(runs), expected.view(-1))
 
 
+NEXT_TO_ALL = [math.nextafter(1.0, 0.0), 1 - 2.0**-25, 1 - 2.0**-24, 1 - 2.0**-23]
+
+
+@pytest.mark.parametrize("keep", [0.0, 1e-45, 2.0**-24, 1.5 * 2.0**-24, 0.3, *NEXT_TO_ALL])
+def test_marks_are_numbers_below_the_density(keep):
+    """As torch compares them, at densities next to nothing and to everything as well."""
+    base, model = torch.zeros(3000).bfloat16(), torch.ones(3000).bfloat16()
+    found = computed(keep_at_random(Difference(model, base), keep, DRAW, 0))
+    expected = DRAW.uniform(model, 0) < torch.tensor(keep, dtype=torch.float32)
+    assert torch.equal(found != 0, expected)
+
+
 def assert_same(found, expected):
     """To the bit, but for what kind of NaN it is."""
     assert torch.equal(found.isnan(), expected.isnan())
@@ -350,16 +372,14 @@ def test_magnitudes_are_summed_piece_by_piece(size):
 
 
 @pytest.mark.parametrize("size", [1, 700, 1024, 2500, 10**6])
-def test_norms_before_and_after_are_summed_piece_by_piece(size, loops):
+def test_norms_before_and_after_are_those_of_each(size, loops):
     base, model = (normal(71, 83, seed=seed).bfloat16() for seed in (0, 1))
     delta = Difference(model, base)
     kept = keep_at_random(delta, 0.5, DRAW, 0)
-    expected = [
-        [float(piece.double().abs().sum()) for piece in computed(x).reshape(-1).split(size)]
-        for x in (delta, kept)
-    ]
     found = np.array(Norms(delta, kept).partials(size))
-    assert pytest.approx(np.array(expected), rel=1e-13) == found.T
+    assert found.T.tolist() == [Norm(x).partials(size) for x in (delta, kept)]
+    expected = [float(x.double().abs().sum()) for x in computed(delta).reshape(-1).split(size)]
+    assert found[:, 0].tolist() == pytest.approx(expected, rel=1e-13)
 
 
 def test_norms_leave_out_what_is_not_finite(loops):

@@ -6,9 +6,10 @@ from methods.trees import apply, programs
 
 from distmerge.errors import MethodError, ParameterError
 from distmerge.expressions.nodes import Binary
-from distmerge.methods.cutoff import cutoff, keep_above
+from distmerge.methods.cutoff import cutoff
 from distmerge.methods.declare import layer_merge
 from distmerge.methods.reductions import dots, largest, total
+from distmerge.methods.trim import keep_above
 from distmerge.plan.probe import asks_model
 
 X, Y, Z = (torch.randn(9, 63, generator=torch.Generator().manual_seed(i)) for i in range(3))
