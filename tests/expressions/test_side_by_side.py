@@ -27,7 +27,7 @@ MARK = 99.0
 
 def shared(function):
     """As a method of ours: it is given the blocks themselves, which is what can be shared."""
-    return dataclasses.replace(layer_merge(function), builtin=True)
+    return dataclasses.replace(layer_merge(blocks="elements")(function), builtin=True)
 
 
 def scaled(over, *, fails=False):
