@@ -20,14 +20,14 @@ from distmerge.expressions.program import Call
 from distmerge.expressions.question_kinds import Said, said_by
 from distmerge.expressions.rounds import SAMPLE
 from distmerge.methods.random import Draw
-from distmerge.methods.reductions import Again, Question, in_pieces
+from distmerge.methods.reductions import Again, Question, Sampled, in_pieces
 from distmerge.methods.sharing import is_shared, once
 
 Place = tuple[int, int, int]
 """Of a question in an expression: node ordinal, ordinal of the yield, place in its list."""
 
-COUNTED = 2
-"""Arrays of counts at most that are kept for a question while its samples are looked at."""
+SPARE_COUNTS = 2
+"""Of a question whose samples are looked at, at most: arrays that threads add to in turn."""
 
 UNKNOWN: Any = object()
 """A value that needs answers not known yet."""
@@ -57,7 +57,7 @@ class Dialogue:
         self._lock = threading.Lock()
         self._answers: dict[int, list[Any]] = {}
         self._asked: Asked | None = None
-        self._sampled: dict[tuple[int, int], tuple[Question, list[Any]]] = {}
+        self._sampled: dict[tuple[int, int], tuple[Sampled, list[Any]]] = {}
         """Questions, each with arrays of what samples counted, to which no thread adds just now."""
         self._hints: dict[tuple[int, int], Any] = {}
         self._returned = False
@@ -195,14 +195,14 @@ class Dialogue:
         if self._leader is not None:
             return
         for j, question in enumerate(questions):
-            if hasattr(question, "bracket") and question.over == "tensor":
+            if isinstance(question, Sampled) and question.over == "tensor":
                 with self._lock:
                     _, spare = self._sampled.get((ordinal, j), (question, []))
                     onto = spare.pop() if spare else None
-                counts = question.sampled(onto)  # type: ignore[attr-defined]
+                counts = question.sampled(onto)
                 with self._lock:
                     _, spare = self._sampled.setdefault((ordinal, j), (question, []))
-                    if len(spare) < COUNTED:
+                    if len(spare) < SPARE_COUNTS:
                         spare.append(counts)
                     else:
                         spare[0] += counts
@@ -211,7 +211,7 @@ class Dialogue:
         """Turn what the sample said into states to begin with."""
         for place, (question, counted) in self._sampled.items():
             if counted:  # else whoever was adding to it has failed
-                self._hints[place] = question.bracket(sum(counted))  # type: ignore[attr-defined]
+                self._hints[place] = question.bracket(sum(counted))
         self._sampled.clear()
         self._leader = None
 

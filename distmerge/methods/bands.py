@@ -10,12 +10,7 @@ from typing import Any
 
 import torch
 
-from distmerge.methods.cutoff import (
-    Bracket,
-    Cut,
-    Cutoff,
-    Inside,
-)
+from distmerge.methods.cutoff import Bracket, Cut, Cutoff, Inside
 from distmerge.methods.difference import Operand
 from distmerge.methods.fusion import fused_for
 from distmerge.methods.operands import elements

@@ -12,7 +12,6 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 BLOCK_ELEMENTS = 1 << 18
@@ -41,21 +40,21 @@ class Grid:
     shape: tuple[int, ...]
     block: int = BLOCK_ELEMENTS
 
-    @cached_property
+    @functools.cached_property
     def elements(self) -> int:
         return math.prod(self.shape)
 
-    @cached_property
+    @functools.cached_property
     def row(self) -> int:
         """Elements of one row."""
         return self.shape[-1] if self.shape else 1
 
-    @cached_property
+    @functools.cached_property
     def whole_rows(self) -> bool:
         """Do blocks consist of whole rows?"""
         return self.row <= self.block
 
-    @cached_property
+    @functools.cached_property
     def step(self) -> int:
         """Elements of a full block."""
         if not self.row:

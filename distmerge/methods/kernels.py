@@ -130,13 +130,19 @@ def _to_signs(elected: Array) -> None:
 
 
 @_loop
+def _agrees(vote: Any, elected: Any) -> Any:
+    """One if a vote has the elected sign, else zero."""
+    return np.float32(1.0) if vote * elected > np.float32(0.0) else np.float32(0.0)
+
+
+@_loop
 def _begin_agreed(
     kept: Array, weight: Any, vote: Any, elected: Array, merged: Array, share: Array
 ) -> None:
     """`_add_agreed` to zeros, which needn't be written first."""
     for j in range(kept.size):
         d = kept[j]
-        agrees = np.float32(1.0) if d * vote * elected[j] > np.float32(0.0) else np.float32(0.0)
+        agrees = _agrees(d * vote, elected[j])
         merged[j] = np.float32(0.0) + d * weight * agrees  # never the negative zero
         share[j] = weight * agrees
 
@@ -147,7 +153,7 @@ def _add_agreed(
 ) -> None:
     for j in range(kept.size):
         d = kept[j]
-        agrees = np.float32(1.0) if d * vote * elected[j] > np.float32(0.0) else np.float32(0.0)
+        agrees = _agrees(d * vote, elected[j])
         merged[j] += d * weight * agrees
         share[j] += weight * agrees
 

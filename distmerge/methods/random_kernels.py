@@ -25,22 +25,23 @@ _loop = njit(nogil=True, cache=True)
 
 
 @_loop
-def _mixed(z: Any) -> Any:
-    """The number of a stream's state, as 64 bits of which the upper 24 count: the last of
-    SplitMix64's three mixing steps changes none of these."""
+def _number(z: Any) -> Any:
+    """The 24 bits that a stream's state gives. The last of SplitMix64's three mixing steps is left
+    out, as it changes none of them."""
     z = (z ^ (z >> np.uint64(30))) * _MIX_1
-    return (z ^ (z >> np.uint64(27))) * _MIX_2
+    z = (z ^ (z >> np.uint64(27))) * _MIX_2
+    return np.int32(z >> np.uint64(40))
 
 
 @_loop
-def _uniform(mixed: Any) -> Any:
-    return np.float32(np.int32(mixed >> np.uint64(40))) * np.float32(2.0**-24)
+def _uniform(number: Any) -> Any:
+    return np.float32(number) * np.float32(2.0**-24)
 
 
 @_loop
 def number_at(stream: Any, step: Any) -> Any:
     """The uniform number after so many steps: one more than its position."""
-    return _uniform(_mixed(stream + step * _GOLDEN))
+    return _uniform(_number(stream + step * _GOLDEN))
 
 
 @_loop
@@ -58,7 +59,7 @@ def _keep_below(x: Array, stream: Any, begin: Any, keep: Any, out: Array) -> Non
     # instructions.
     state = stream + begin * _GOLDEN
     for i in range(x.size):
-        drawn = _uniform(_mixed(state))
+        drawn = _uniform(_number(state))
         out[i] = x[i] * (np.float32(1.0) if drawn < keep else np.float32(0.0))
         state += _GOLDEN
 
@@ -68,7 +69,7 @@ def draw(stream: Any, begin: Any, out: Array) -> None:
     """The uniform numbers after `begin` steps, one more, and so on."""
     state = stream + begin * _GOLDEN
     for i in range(out.size):
-        out[i] = _uniform(_mixed(state))
+        out[i] = _uniform(_number(state))
         state += _GOLDEN
 
 
@@ -90,5 +91,5 @@ def mark_at_random(stream: Any, first: int, keep: Any, size: int, bits: Array) -
 def _mark_below(stream: Any, begin: Any, limit: Any, marks: Array) -> None:
     state = stream + begin * _GOLDEN
     for i in range(marks.size):
-        marks[i] = np.uint8(np.int32(_mixed(state) >> np.uint64(40)) < limit)
+        marks[i] = np.uint8(_number(state) < limit)
         state += _GOLDEN

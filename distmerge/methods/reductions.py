@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -61,6 +61,19 @@ class Question(Protocol):
 
     def bare(self) -> Question:
         """The question without its block: enough to merge and finish, and light to send."""
+        ...
+
+
+@runtime_checkable
+class Sampled(Protocol):
+    """A question for which a sample of the blocks may save passes over all of them."""
+
+    def sampled(self, onto: Any) -> Any:
+        """What a part of a block counts; added to `onto`, which is returned, unless it is None."""
+        ...
+
+    def bracket(self, sampled: Any) -> Any:
+        """A state to begin with, from what was counted; None to begin without."""
         ...
 
 

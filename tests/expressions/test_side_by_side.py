@@ -8,7 +8,7 @@ from methods.trees import apply, leaf, programs
 
 from distmerge.errors import MethodError
 from distmerge.expressions.compute_pool import ComputePool
-from distmerge.expressions.dialogue import COUNTED
+from distmerge.expressions.dialogue import SPARE_COUNTS
 from distmerge.expressions.evaluate import Evaluation
 from distmerge.expressions.nodes import Binary
 from distmerge.expressions.settle import settle
@@ -141,6 +141,6 @@ def test_all_that_samples_count_is_counted(threads):
     ComputePool(threads).map(lambda b: one.sample(b, read), blocks)
     (dialogue,) = one._dialogues.values()
     ((_, counted),) = dialogue._sampled.values()
-    assert 1 <= len(counted) <= COUNTED
+    assert 1 <= len(counted) <= SPARE_COUNTS
     spans = [one.sample_span(block) for block in blocks]
     assert sum(counted).sum() == sum(stop - start for start, stop in spans)
