@@ -44,9 +44,9 @@ class DistmergeError(Exception):
     """
 
     def __init__(self, headline: str, *facts: str, fix: str | None = None) -> None:
-        self.headline = _shown(headline)
-        self.facts = tuple(map(_shown, facts))
-        self.fix = fix and _shown(fix)
+        self.headline = shown(headline)
+        self.facts = tuple(map(shown, facts))
+        self.fix = fix and shown(fix)
         super().__init__(self.headline, *self.facts)
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ def printable(text: str, *, but: str = "") -> str:
     return "".join(c if c.isprintable() or c in but else f"\\x{ord(c):02x}" for c in text)
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
     """What may be seen of a text that names from files and recipes are a part of: on one line, of
     bounded length, without secrets and without what terminals obey."""
     text = printable(redact(text[: 10 * LONGEST]))

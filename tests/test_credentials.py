@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
 from distmerge.credentials import redact
 from distmerge.errors import CheckpointError, DistmergeError, RecipeError
@@ -84,6 +85,46 @@ def test_an_error_of_another_library_is_told_without_it():
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https:/user:hunter22@host/x", "https:/***@host/x"),
+        ("https:user:hunter22@host/x", "***@host/x"),
+        ("https:///user:hunter22@host/x", "https:///***@host/x"),
+        ("https://user:hun/ter22@host/x", "https://***@host/x"),
+        ("There is no 'user:hunter22@host/y'.", "There is no '***@host/y'."),
+        ("//user:hunter22@host/x", "//***@host/x"),
+        ("Authorization: Basic hunter22==", "Authorization: ***"),
+        ("{secret: {a: hunter22}, b: 1}", "{secret: ***, b: 1}"),
+        ("{private_key: !!str hunter22, b: 1}", "{private_key: ***, b: 1}"),
+        ('passphrase: "hun\\"ter22"', "passphrase: ***"),
+        ("a:\n- password: |\n    hun\n    ter22\n  b: 1", "a:\n- password: ***\n  b: 1"),
+        ("api_key: hun ter22\nb: 1", "api_key: ***\nb: 1"),
+        ("secret:\n- hun\n- ter22\nb: 1", "secret: ***\nb: 1"),
+    ],
+)
+def test_a_secret_is_taken_out_wherever_it_ends(text, shown):
+    assert redact(text) == shown
+    assert redact(shown) == shown
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: org/name@main",
+        "hf:/org/name@main",
+        "http://host:8080/x@y, 12:30@x",
+        "image:5000/x@sha256:abc",
+        "tokenizer_source: base\ntokenizer:\n  tokens:\n    token: {source: base}",
+        "source: {kind: model_token, model: a, token: '<s>'}",
+        "parameters: {key: lm_head, weight: [{filter: key, value: 1}]}",
+        "rename: {key: token}\nchat_template: |\n  token: {{ key }}\n  secret",
+    ],
+)
+def test_what_is_no_secret_stays(text):
+    assert redact(text) == text
+
+
 def test_what_is_redacted_stays_so():
     text = f"{LOGIN} Bearer abcdefghijkl AKIAABCDEFGHIJKLMNOP secret: {SECRET}"
     assert redact(redact(text)) == redact(text)
@@ -96,3 +137,71 @@ def test_messages_are_bounded_and_terminals_have_nothing_to_obey():
     assert text.count("\n") == 2
     assert "\x1b" not in text
     assert "\r" not in text
+
+
+KEYS = f"{{'s3://b/': {{key: id, secret: {SECRET}}}}}"
+
+
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [
+        (f"storage_option: {KEYS}", "storage_option"),
+        (f"storage-options: {KEYS}", "storage-options"),
+        (f"StorageOptions: {{key: {SECRET}}}", "StorageOptions"),
+        (f"storgae_options: {{key: {SECRET}}}", "storgae_options"),
+        (f"client_kwargs: {{endpoint_url: {SECRET}}}", "client_kwargs"),
+        (f"key: {SECRET}", "key"),
+        (f"token: {SECRET}", "token"),
+        (f"fsspec: {KEYS}", "fsspec"),
+        (f"x: [{{a: {KEYS}}}]", "x"),
+        (f"base_model: {{path: a, storage_options: {KEYS}}}", "storage_options"),
+        (f"tokenizer_source: {{path: a, secret: {SECRET}}}", "secret"),
+        (f"tokenizer: {{source: {{path: a, token: {SECRET}, api_key: 1}}}}", "api_key"),
+        ("tokenizer: {tokens: {t: {source: {path: a, password: 1}}}}", "password"),
+        (f"storage_options: {KEYS}\nsecret: {SECRET}", "secret"),
+    ],
+)
+def test_storage_options_elsewhere_are_refused(more, name):
+    recipe = "merge_method: linear\nmodels: [{model: a}, {model: b}]\n" + more
+    formula = {"merge": "a + b", **yaml.safe_load(more)}
+    for source in (recipe, *([] if "base_model" in more else [formula])):
+        with pytest.raises(RecipeError, match=f"{name}' is not read") as caught:
+            load_recipe(source)
+        assert SECRET not in str(caught.value)
+        assert "storage_options: {'s3://bucket/'" in (caught.value.fix or "")
+
+
+@pytest.mark.parametrize("place", ["models", "slices", "parameters", "modules", "any", "formula"])
+def test_storage_options_inside_another_key_are_refused(place, tmp_path):
+    options = {"storage_options": {"secret": SECRET}}
+    model = {"model": "a", **options}
+    (tmp_path / "m.py").write_text("def any(models, **kw):\n    return models[0]\n")
+    given = {
+        "models": {"merge_method": "linear", "models": [model]},
+        "slices": {"merge_method": "linear", "slices": [{"sources": [model]}]},
+        "parameters": {"merge_method": "linear", "models": ["a"], "parameters": options},
+        "modules": {"merge_method": "linear", "modules": {"m": {"models": ["a"], **options}}},
+        "any": {"merge_method": f"{tmp_path}/m.py:any", "models": ["a"], "parameters": options},
+        "formula": {"merge": "x", "models": {"x": {"path": "a", **options}}},
+    }[place]
+    with pytest.raises(RecipeError, match="'storage_options' is not read at") as caught:
+        load_recipe(given)
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "tokenizer: {source: base, tokens: {key: {source: a}, token: {source: a}}}",
+        "x-note: {key: of the recipe, filter: secretary}",
+        "tokenizer: {token: {t: {source: a}}}",
+        f"x: &x {KEYS}\nstorage_options: *x",
+        "options: 1",
+    ],
+)
+def test_other_keys_are_as_they_were(more):
+    recipe = load_recipe(LINEAR + more)
+    assert SECRET not in recipe.text
+    assert recipe.text == LINEAR + more or "storage_options" in more
+    unused = load_recipe({"merge": "a", "models": {"a": "x", "token": "y"}})
+    assert "doesn't use 'token'" in unused.warnings[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, cast
 from zipfile import BadZipFile
@@ -23,7 +23,7 @@ from distmerge.checkpoints.retry import (
     retrying,
 )
 from distmerge.checkpoints.s3_objects import S3Objects, unquoted
-from distmerge.checkpoints.storage_options import options_for
+from distmerge.checkpoints.storage_options import options_for, quoted, secret_values
 from distmerge.checkpoints.store import StorageOptions
 from distmerge.checkpoints.tensors import FileInfo
 from distmerge.credentials import redact
@@ -66,6 +66,7 @@ class FsspecStore:
         self._s3 = S3Objects(self._fs, self._base) if is_s3(self._fs) else None
         self._only = only
         self._policy = policy
+        self._secrets = secret_values(storage_options)
         self._parts = PartReader(self._read_part)
 
     def files(self) -> Mapping[str, FileInfo]:
@@ -73,8 +74,9 @@ class FsspecStore:
         found = retrying(
             self._listed_files,
             what=f"the file list of {redact(self.root)}",
-            explain=lambda error: explain_fsspec(error, self.root),
+            explain=lambda error: explain_fsspec(error, self.root, self._secrets),
             policy=self._policy,
+            secrets=self._secrets,
         )
         if not found:
             raise CheckpointNotFound(f"Nothing is at {self.root}.", fix="check the URL")
@@ -111,8 +113,9 @@ class FsspecStore:
         retrying(
             lambda: read(file, start, view),
             what=f"{redact(self.root)}/{file.path}, bytes {start}:{start + len(view)}",
-            explain=lambda error: _explain_read(error, self.root, file),
+            explain=lambda error: _explain_read(error, self.root, file, self._secrets),
             policy=self._policy,
+            secrets=self._secrets,
         )
 
     def _cat_range(self, file: FileInfo, start: int, view: memoryview) -> None:
@@ -134,8 +137,9 @@ class FsspecStore:
         return retrying(
             look,
             what=f"the state of {redact(self.root)}/{file.path}",
-            explain=lambda error: _explain_read(error, self.root, file),
+            explain=lambda error: _explain_read(error, self.root, file, self._secrets),
             policy=self._policy,
+            secrets=self._secrets,
         )
 
 
@@ -159,13 +163,13 @@ def open_filesystem(
     except ImportError as error:
         raise CheckpointError(
             f"Reading {url} needs a package that is not installed.",
-            str(error),
+            quoted(error, secret_values(options)),
             fix="install it; gs:// comes with 'distmerge[gcs]', abfs:// with 'distmerge[azure]'",
         ) from error
     except (ValueError, TypeError, OSError, BadZipFile) as error:
         raise CheckpointError(
             f"{url} can't be opened.",
-            str(error),
+            quoted(error, secret_values(options)),
             fix="check the URL's scheme, and that an archive in it is one",
         ) from error
 
@@ -235,15 +239,20 @@ def tag_of(info: Mapping[str, Any]) -> str:
     return str(info["size"])
 
 
-def explain_fsspec(error: Exception, url: str) -> DistmergeError | None:
-    """What a final refusal means; None for what may be asked again."""
+def explain_fsspec(
+    error: Exception, url: str, secrets: Sequence[str] = ()
+) -> DistmergeError | None:
+    """What a final refusal means; None for what may be asked again.
+
+    secrets: what is taken out of it where it is quoted.
+    """
     status = http_status(error)
     if type(error).__name__ in _NO_CREDENTIALS:
         return AccessDenied(f"There are no credentials for {url}.", fix=_CREDENTIALS)
     if isinstance(error, PermissionError) or status in (401, 403):
         return AccessDenied(
             f"{url} refuses these credentials.",
-            f"the server says: {error}",
+            f"the server says: {quoted(error, secrets)}",
             fix=_CREDENTIALS if url.startswith("s3") else "check the storage options",
         )
     if isinstance(error, FileNotFoundError) or status == 404:
@@ -251,14 +260,16 @@ def explain_fsspec(error: Exception, url: str) -> DistmergeError | None:
     return None
 
 
-def _explain_read(error: Exception, root: str, file: FileInfo) -> DistmergeError | None:
+def _explain_read(
+    error: Exception, root: str, file: FileInfo, secrets: Sequence[str]
+) -> DistmergeError | None:
     if http_status(error) == 412:
         return _changed(root, file)
     if isinstance(error, FileNotFoundError) or http_status(error) in (404, 416):
         return SourceChanged(
             f"{root}/{file.path} is gone or shorter than when the model was opened."
         )
-    return explain_fsspec(error, f"{root}/{file.path}")
+    return explain_fsspec(error, f"{root}/{file.path}", secrets)
 
 
 def _changed(root: str, file: FileInfo) -> SourceChanged:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
-from distmerge.checkpoints.storage_options import by_prefix, options_for
+from distmerge.checkpoints.storage_options import by_prefix, options_for, secret_values
 from distmerge.checkpoints.store import StorageOptions
 
 
@@ -16,13 +16,16 @@ class HubAccount:
     endpoint: str
     token: str | None = field(repr=False)
     """None for the environment's: HF_TOKEN, or what `hf auth login` has stored."""
+    secrets: tuple[str, ...] = field(default=(), repr=False)
+    """What is taken out of exceptions that are quoted: the options' values."""
 
 
 def hub_account(url: str, storage_options: StorageOptions | None = None) -> HubAccount:
     """The account for an hf:// URL. Options count only if they were given for its prefix: a token
     that is meant for another store must not be sent to the Hub."""
     mine = options_for(url, storage_options) if by_prefix(storage_options or {}) else {}
-    return HubAccount(str(mine.get("endpoint") or endpoint()).rstrip("/"), mine.get("token"))
+    address = str(mine.get("endpoint") or endpoint()).rstrip("/")
+    return HubAccount(address, mine.get("token"), secret_values(mine))
 
 
 def endpoint() -> str:

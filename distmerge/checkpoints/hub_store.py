@@ -68,6 +68,7 @@ class HubStore:
                 what=f"the file list of {self.root}",
                 explain=self._explain,
                 policy=self._policy,
+                secrets=self._account.secrets,
             )
         prefix = f"{self._folder}/" if self._folder else ""
         below = {
@@ -167,6 +168,7 @@ class HubStore:
             what=f"{self.root}/{file.path}, bytes {start}:{start + len(view)}",
             explain=self._explain,
             policy=self._policy,
+            secrets=self._account.secrets,
         )
 
     def _fetch(self, file: FileInfo, start: int, view: memoryview) -> None:

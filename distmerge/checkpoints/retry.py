@@ -11,11 +11,12 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
+from distmerge.checkpoints.storage_options import quoted
 from distmerge.credentials import redact
 from distmerge.errors import DistmergeError, ReadFailed
 
@@ -114,8 +115,11 @@ def retrying(
     what: str,
     explain: Explain,
     policy: RetryPolicy = DEFAULT_POLICY,
+    secrets: Sequence[str] = (),
 ) -> Answer:
     """The answer of `action`, which is called again as long as its failures are transient.
+
+    secrets: what is taken out of failures that are quoted.
 
     Raises whatever `explain` says of a failure, and ReadFailed naming `what`, the number of
     attempts and the cause otherwise.
@@ -132,10 +136,11 @@ def retrying(
             if known is not None:
                 raise known from error
             if not is_transient(error) or failures >= policy.attempts:
-                raise _failed(what, failures, error) from error
+                raise _failed(what, failures, error, secrets) from error
             delay = policy.wait(failures, error)
             if delay >= _WORTH_SAYING:
-                _LOG.warning("Waiting %.0f s to read %s: %s", delay, what, redact(str(error)))
+                reason = redact(quoted(error, secrets))
+                _LOG.warning("Waiting %.0f s to read %s: %s", delay, what, reason)
         time.sleep(delay)
         _AGAIN.add()
 
@@ -217,10 +222,10 @@ def _seconds(asked: str) -> float | None:
         return None
 
 
-def _failed(what: str, attempts: int, error: Exception) -> ReadFailed:
+def _failed(what: str, attempts: int, error: Exception, secrets: Sequence[str]) -> ReadFailed:
     times = f"{attempts} attempts" if attempts > 1 else "1 attempt"
     return ReadFailed(
         f"Could not read {what}.",
-        f"{times}, the last: {type(error).__name__}: {str(error).strip()}",
+        f"{times}, the last: {type(error).__name__}: {quoted(error, secrets)}",
         fix="try again in a while; a merge that was interrupted goes on where it was",
     )

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 from distmerge.checkpoints.store import StorageOptions
 from distmerge.errors import RecipeError
+
+_SHORTEST = 4
+"""Characters of a value that is taken out of texts; a shorter one is a part of many words."""
 
 
 def by_prefix(options: StorageOptions) -> bool:
@@ -44,3 +49,39 @@ def check_storage_options(options: StorageOptions) -> None:
             "storage_options mixes URL prefixes with options.",
             fix="storage_options: {'s3://bucket/': {endpoint_url: ...}}, or options alone",
         )
+
+
+def secret_values(options: StorageOptions | None) -> tuple[str, ...]:
+    """The words among the options' values, and the hosts of addresses among them, longest first:
+    libraries quote them in their exceptions."""
+    found = {part for word in _words(options or {}) for part in (word, repr(word)[1:-1])}
+    found |= {part for word in found for part in _hosts(word)}
+    return tuple(sorted((w for w in found if len(w) >= _SHORTEST), key=len, reverse=True))
+
+
+def quoted(error: Exception, secrets: Sequence[str]) -> str:
+    """What another library's exception says, without values of storage options."""
+    text = str(error).strip()
+    if not secrets:
+        return text
+    return re.sub("|".join(map(re.escape, secrets)), "***", text, flags=re.IGNORECASE)
+
+
+def _words(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value.strip().rstrip("/")
+    elif isinstance(value, Mapping):
+        for kept in value.values():
+            yield from _words(kept)
+    elif isinstance(value, list | tuple):
+        for kept in value:
+            yield from _words(kept)
+
+
+def _hosts(word: str) -> Iterator[str]:
+    if "://" in word:
+        try:
+            place = urlsplit(word)
+        except ValueError:
+            return
+        yield from (part for part in (place.netloc, place.hostname, place.password) if part)

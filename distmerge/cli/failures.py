@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar
 
 import typer
 
-from distmerge.errors import DistmergeError
+from distmerge.errors import DistmergeError, shown
 from distmerge.run.progress import printable
 
 P = ParamSpec("P")
@@ -44,7 +44,7 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
             if isinstance(error, OSError) and error.errno == errno.EPIPE:
                 raise  # whoever read our output has seen enough
             first = (str(error).strip().splitlines() or ["no message"])[0]
-            text = f"{type(error).__name__}: {first}\nFix: --trace shows where it was raised"
+            text = f"{type(error).__name__}: {shown(first)}\nFix: --trace shows where it was raised"
             _tell(text, trace=bool(options.get("trace")))
             raise typer.Exit(BROKEN) from None
 

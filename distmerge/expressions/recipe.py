@@ -26,8 +26,7 @@ from pydantic import (
 
 from distmerge.checkpoints.storage_options import check_storage_options
 from distmerge.checkpoints.store import StorageOptions
-from distmerge.credentials import redact
-from distmerge.errors import RecipeError
+from distmerge.errors import RecipeError, shown
 from distmerge.expressions.chat_templates import check_template
 from distmerge.expressions.dtypes import parse_dtype
 from distmerge.expressions.model_ref import ModelRef
@@ -138,7 +137,7 @@ class Recipe(BaseModel):
     def warnings(self) -> tuple[str, ...]:
         """Sentences, each with the line of a key that is ignored or given twice."""
         ignored = (ignored.text for ignored in self._ignored)
-        return tuple(map(redact, (*self._document.warnings, *ignored, *self._beside)))
+        return tuple(map(shown, (*self._document.warnings, *ignored, *self._beside)))
 
     @property
     def text(self) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from distmerge.checkpoints.location import Location
 from distmerge.checkpoints.store import StorageOptions
 from distmerge.checkpoints.tensors import Checkpoint
+from distmerge.errors import shown
 from distmerge.expressions.lazy import LazyStateDict
 from distmerge.expressions.model_ref import ModelRef
 from distmerge.expressions.nodes import Expression, Leaf, leaves
@@ -96,7 +97,7 @@ class Settled:
         for name, inner in self.nested.items():
             found += inner.warnings()
             found += _only_for_files(name, inner.recipe)
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(map(shown, found)))
 
 
 def _only_for_files(name: str, nested: Recipe) -> list[str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distmerge.errors import ParameterError, RecipeError
+from distmerge.expressions.recipe_options import means_storage_options, refuse_options
 from distmerge.expressions.recipe_text import Document
 from distmerge.expressions.recipe_tokenizer import unknown_keys
 from distmerge.expressions.recipe_words import (
@@ -51,16 +52,17 @@ def check_keys(document: Document, method: MergeMethod) -> list[Ignored]:
 
     Raises
         RecipeError: a key of the language that can't be honoured yet; one given by `--set`
-            that has no effect.
+            that has no effect; one that holds storage options.
         ParameterError: one given by `--set` that no method has.
     """
     return unless_set(document, _ignored(document, method))
 
 
 def unless_set(document: Document, ignored: Iterable[Ignored]) -> list[Ignored]:
-    """Raises RecipeError for one that was given by `--set`."""
+    """Raises RecipeError for one that was given by `--set`, or that holds storage options."""
     found = list(ignored)
     for one in found:
+        refuse_options(document, one.path)
         if _is_set(document, one.path):
             raise RecipeError(one.text, fix=one.fix)
     return found
@@ -106,7 +108,9 @@ def _ignored(document: Document, method: MergeMethod) -> Iterator[Ignored]:
 
 
 def tokenizer_keys(document: Document) -> Iterator[Ignored]:
-    """Keys under `tokenizer:` that mean nothing."""
+    """Keys under `tokenizer:` that mean nothing, and those of a model in `tokenizer_source:`."""
+    source = document.data.get("tokenizer_source")
+    yield from check_reference(document, ("tokenizer_source",), source, None)
     for path, fix in unknown_keys(document):
         yield Ignored(path, f"{document.where(path)}: {path[-1]!r} is ignored here; {fix}.", fix)
 
@@ -223,6 +227,8 @@ def _check_parameters(
             fix = "move it under the recipe's own 'parameters:'"
             reason = f"{where}: {method.name} has one {name!r} for all models; {fix}."
             yield Ignored(place, reason, fix)
+        elif means_storage_options(name):
+            yield Ignored(place, f"{where}: {name!r} is ignored here.", "leave it out")
         elif not method.accepts_any and not _without_effect(method, name):
             yield _unknown(document, place, method)
 

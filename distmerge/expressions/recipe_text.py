@@ -241,11 +241,13 @@ def _is_text(source: str) -> bool:
 def _file_text(name: str) -> str:
     path, shown = Path(os.path.expanduser(name)), redact(name)
     fix = "check the path, or give '-' to read the recipe from standard input"
-    if path.is_dir():
-        raise RecipeError(f"{shown} is a directory, not a recipe.", fix="give a YAML file")
     try:
         with open(path, encoding="utf-8-sig") as file:
             return file.read(LARGEST_RECIPE + 1)
+    except IsADirectoryError:
+        raise RecipeError(
+            f"{shown} is a directory, not a recipe.", fix="give a YAML file"
+        ) from None
     except FileNotFoundError:
         where = f"looked in {Path.cwd()}"
         raise RecipeError(f"There is no recipe {shown!r}.", where, fix=fix) from None

@@ -14,7 +14,7 @@ from distmerge.checkpoints.location import HUB_SCHEME, Location
 from distmerge.errors import CheckpointNotFound, DistmergeError, RecipeError
 from distmerge.expressions.model_ref import ModelRef
 from distmerge.expressions.recipe_text import Document
-from distmerge.expressions.recipe_words import TOP_KEYS
+from distmerge.expressions.recipe_words import REFERENCE_KEYS, TOP_KEYS
 from distmerge.expressions.yaml_lines import KeyPath
 
 TOKENIZER_KEYS = frozenset({"source", "tokens", "pad_to_multiple_of"})
@@ -184,13 +184,15 @@ def unknown_keys(document: Document) -> Iterator[tuple[KeyPath, str]]:
     """Keys under `tokenizer:` that mean nothing, each with what to do about it."""
     section = document.data.get("tokenizer")
     yield from _unknown(section, ("tokenizer",), TOKENIZER_KEYS)
+    if isinstance(section, dict):
+        yield from _unknown(section.get("source"), ("tokenizer", "source"), REFERENCE_KEYS)
     tokens = section.get("tokens") if isinstance(section, dict) else None
     for token, rule in tokens.items() if isinstance(tokens, dict) else ():
         place = ("tokenizer", "tokens", token)
         yield from _unknown(rule, place, TOKEN_KEYS)
         source = rule.get("source") if isinstance(rule, dict) else None
-        if isinstance(source, dict) and "kind" in source:
-            yield from _unknown(source, (*place, "source"), SOURCE_KEYS)
+        known = SOURCE_KEYS if isinstance(source, dict) and "kind" in source else REFERENCE_KEYS
+        yield from _unknown(source, (*place, "source"), known)
 
 
 def _unknown(data: Any, path: KeyPath, known: frozenset[str]) -> Iterator[tuple[KeyPath, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 
-from distmerge.errors import RecipeError
+from distmerge.errors import RecipeError, shown
 from distmerge.expressions.compiler import Compiler, passes
 from distmerge.expressions.nodes import Apply, Expression, walk
 from distmerge.expressions.request import MergeRequest
@@ -22,7 +22,8 @@ def with_idle(request: MergeRequest, compiler: Compiler) -> MergeRequest:
     inputs = compiler.inputs
     own = (name for names in inputs.own_keys or () for name in names.values())
     keys = dict.fromkeys([*inputs.keys, *own])
-    found = (*compiler.parameters.filters.idle(keys), *_idle_heads(request.root, keys))
+    said = (*compiler.parameters.filters.idle(keys), *_idle_heads(request.root, keys))
+    found = tuple(map(shown, said))
     idle = (*request.without_effect, *found)
     if request.strict and idle:
         raise RecipeError(

@@ -10,11 +10,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
-from typing import Any
 
 from distmerge.checkpoints.store import OutputStore
-from distmerge.credentials import redact
 from distmerge.errors import DistmergeError
 from distmerge.run.events import Event, Listener
 from distmerge.write.lease import LeaseKeeper
@@ -40,7 +37,7 @@ class EventLog:
         """Take an event in; the plan is kept at once."""
         if event.kind == "progress":
             return
-        line = replace(event, data=_without_secrets(event.data)).json()
+        line = event.json()
         with self._noting:
             self._lines.append(line)
         if event.kind == "plan":
@@ -102,11 +99,3 @@ def _lines_of(output: OutputStore, path: str) -> list[str]:
         return output.read_bytes(path).decode(errors="replace").splitlines()
     except FileNotFoundError:
         return []
-
-
-def _without_secrets(value: Any) -> Any:
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, dict):
-        return {key: _without_secrets(inner) for key, inner in value.items()}
-    return [_without_secrets(inner) for inner in value] if isinstance(value, list) else value

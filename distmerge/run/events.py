@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from distmerge.credentials import redact
+
 if TYPE_CHECKING:
     from distmerge.plan.plan import Plan
     from distmerge.plan.work import WorkUnit
@@ -51,8 +53,17 @@ class Event:
     """Seconds since the epoch."""
 
     def json(self) -> str:
-        """One line of JSON."""
-        return json.dumps({"event": self.kind, "time": round(self.time, 3), **self.data})
+        """One line of JSON, credentials taken out."""
+        data = _without_secrets(self.data)
+        return json.dumps({"event": self.kind, "time": round(self.time, 3), **data})
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {key: _without_secrets(inner) for key, inner in value.items()}
+    return [_without_secrets(inner) for inner in value] if isinstance(value, list) else value
 
 
 Listener = Callable[[Event], None]

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TextIO
 
 from distmerge import errors
+from distmerge.credentials import redact
 from distmerge.plan.sizes import format_size
 from distmerge.run.events import Event, Listener, silent
 from distmerge.run.json_lines import JsonWatcher, output_of_its_own
@@ -256,8 +257,8 @@ def sentences(event: Event, told: set[str]) -> Iterator[str]:
 
 
 def printable(text: str) -> str:
-    """Lines without control characters."""
-    return errors.printable(text, but="\n")
+    """Lines without control characters and credentials."""
+    return errors.printable(redact(text), but="\n")
 
 
 @contextmanager

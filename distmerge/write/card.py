@@ -17,10 +17,13 @@ from distmerge.checkpoints.location import HUB_SCHEME, split_hub_root
 from distmerge.checkpoints.store import Store
 from distmerge.checkpoints.tensors import Checkpoint, FileInfo
 from distmerge.credentials import redact
+from distmerge.errors import printable
 
 _LARGEST_READ = 1 << 20
 _LICENSE_FIELDS = ("license", "license_name", "license_link")
 _UNNAMED = {"other", "unknown"}
+_PLAIN = re.compile(r"[^<>`]{1,200}")
+"""Text on one line that can't be taken for HTML or code; see `_plain`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +79,10 @@ def license_warnings(parents: Sequence[Parent]) -> list[str]:
     """What the user should look at in the parents' licences: what they say of themselves, no
     judgement of what follows."""
     known = dict.fromkeys(p for p in parents if p.license is not None and p.license.is_known)
-    unknown = dict.fromkeys(p.name for p in parents if p not in known)
+    unknown = dict.fromkeys(_shown(p.name) for p in parents if p not in known)
     warnings = []
     if len({parent.license for parent in known}) > 1:
-        listed = ", ".join(f"{parent.name} ({parent.license})" for parent in known)
+        listed = ", ".join(f"{_shown(parent.name)} ({parent.license})" for parent in known)
         warnings.append(
             f"The models' licences differ: {listed}. The model card names none of them as the "
             "merge's; read them before you share it."
@@ -146,10 +149,10 @@ def _body(
     distinct = dict.fromkeys(parents)
     facts = [f"- Method: `{method}`", f"- Dtype: `{dtype}`"]
     if base is not None:
-        facts.insert(1, f"- Base: {redact(base)}")
+        facts.insert(1, f"- Base: {_shown(base)}")
     warnings = [f"> {warning}" for warning in license_warnings(parents)]
     return [
-        f"# {name}",
+        f"# {_shown(name)}",
         "",
         f"A merge of pretrained models, made with distmerge {library_version}.",
         "",
@@ -164,9 +167,13 @@ def _body(
 
 
 def _listed(parent: Parent) -> str:
-    name = redact(parent.name)
+    name = _shown(parent.name)
     link = f"[{name}](https://huggingface.co/{parent.hub_id})" if parent.hub_id else name
     return f"- {link}, licence: {parent.license or 'not named'}"
+
+
+def _shown(name: str) -> str:
+    return printable(redact(name))
 
 
 def _fenced(text: str, language: str) -> list[str]:
@@ -191,15 +198,17 @@ def _license_fields(license: License | None) -> dict[str, Any]:
 
 def _license(fields: dict[str, Any]) -> License | None:
     named = fields.get("license")
-    ids = tuple(str(part) for part in (named if isinstance(named, list) else [named]) if part)
-    if not ids:
+    ids = [_plain(part) for part in (named if isinstance(named, list) else [named]) if part]
+    if not ids or None in ids:  # some of its licences would not be all of them
         return None
-    name, link = fields.get("license_name"), fields.get("license_link")
-    return License(
-        tuple(sorted(ids)),
-        name if isinstance(name, str) else None,
-        link if isinstance(link, str) else None,
-    )
+    name, link = _plain(fields.get("license_name")), _plain(fields.get("license_link"))
+    return License(tuple(sorted(one for one in ids if one)), name, link)
+
+
+def _plain(given: Any) -> str | None:
+    """A value from another model's files, if the card can say it on one line."""
+    text = given.strip() if isinstance(given, str) else ""
+    return text if text.isprintable() and _PLAIN.fullmatch(text) else None
 
 
 def _front_matter(readme: str) -> dict[str, Any]:
@@ -211,15 +220,15 @@ def _front_matter(readme: str) -> dict[str, Any]:
         return {}
     try:
         card = ModelCard(readme.lstrip("\ufeff"), ignore_metadata_errors=True)
-    except (ValueError, yaml.YAMLError):
-        return {}
+    except (ValueError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
+        return {}  # what its author wrote there can be anything
     return {field: card.data.get(field) for field in _LICENSE_FIELDS}
 
 
 def _json_object(data: bytes) -> dict[str, Any]:
     try:
         parsed = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return parsed if isinstance(parsed, dict) else {}
 

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from distmerge.checkpoints.fsspec_store import is_s3, list_files, open_filesystem
 from distmerge.checkpoints.retry import DEFAULT_POLICY, RetryPolicy, retrying
+from distmerge.checkpoints.storage_options import secret_values
 from distmerge.checkpoints.store import PendingFile, StorageOptions
 from distmerge.checkpoints.tensors import FileInfo
 from distmerge.credentials import redact
@@ -36,6 +37,7 @@ class FsspecOutput:
     ) -> None:
         self.root = root
         self._policy = policy
+        self._secrets = secret_values(storage_options)
         try:
             self._fs, self._base = open_filesystem(root, storage_options, own_retries=False)
         except CheckpointError as error:
@@ -116,8 +118,8 @@ class FsspecOutput:
         full = self._path(path)
         place = redact(f"{self.root}/{path}")
         if self._is_s3:
-            return PendingUpload(self._fs, full, place, self._policy)
-        return PendingRename(self._fs, full, place)
+            return PendingUpload(self._fs, full, place, self._policy, self._secrets)
+        return PendingRename(self._fs, full, place, self._secrets)
 
     def delete(self, path: str) -> None:
         """Remove one file; a missing one is no error."""
@@ -181,8 +183,9 @@ class FsspecOutput:
             return retrying(
                 action,
                 what=redact(self.root),
-                explain=lambda error: explain_output(error, self.root),
+                explain=lambda error: explain_output(error, self.root, self._secrets),
                 policy=self._policy,
+                secrets=self._secrets,
             )
         except ReadFailed as error:
             raise OutputError(

@@ -5,11 +5,12 @@ Here the file gets its own name by `commit` alone. S3 has better: see `s3_upload
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
 from distmerge.checkpoints.fsspec_store import explain_fsspec
+from distmerge.checkpoints.storage_options import quoted
 from distmerge.errors import OutputError
 from distmerge.write.local_output import temporary_name
 
@@ -17,8 +18,9 @@ from distmerge.write.local_output import temporary_name
 class PendingRename:
     """A file under a temporary name, on filesystems that publish as they write."""
 
-    def __init__(self, fs: Any, path: str, place: str) -> None:
+    def __init__(self, fs: Any, path: str, place: str, secrets: Sequence[str] = ()) -> None:
         self._fs = fs
+        self._secrets = secrets
         self._path = path
         self._temporary = temporary_name(path)
         self._place = place
@@ -63,12 +65,15 @@ class PendingRename:
         try:
             action()
         except Exception as error:
-            raise _failed(self._place, error) from error
+            raise _failed(self._place, error, self._secrets) from error
 
 
-def explain_output(error: Exception, url: str) -> OutputError | None:
-    """What a final refusal means to the person who named the output."""
-    known = explain_fsspec(error, url)
+def explain_output(error: Exception, url: str, secrets: Sequence[str] = ()) -> OutputError | None:
+    """What a final refusal means to the person who named the output.
+
+    secrets: what is taken out of it where it is quoted.
+    """
+    known = explain_fsspec(error, url, secrets)
     if known is None:
         return None
     if isinstance(known, FileNotFoundError):
@@ -79,9 +84,9 @@ def explain_output(error: Exception, url: str) -> OutputError | None:
     return OutputError(f"You may not write {url}.", *known.facts, fix=known.fix)
 
 
-def _failed(place: str, error: Exception) -> OutputError:
-    return explain_output(error, place) or OutputError(
+def _failed(place: str, error: Exception, secrets: Sequence[str]) -> OutputError:
+    return explain_output(error, place, secrets) or OutputError(
         f"Could not write {place}.",
-        f"{type(error).__name__}: {error}",
+        f"{type(error).__name__}: {quoted(error, secrets)}",
         fix="run the same command again; finished files are kept",
     )

@@ -194,6 +194,7 @@ class HubRepository:
                 what=place,
                 explain=lambda error: explain_writing(error, place),
                 policy=self._policy,
+                secrets=self._account.secrets,
             )
         except ReadFailed as error:
             raise OutputError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -59,13 +59,19 @@ class PendingUpload:
     """A multipart upload that is completed by `commit` alone; one request if it is small."""
 
     def __init__(
-        self, fs: Any, path: str, place: str, policy: RetryPolicy = DEFAULT_POLICY
+        self,
+        fs: Any,
+        path: str,
+        place: str,
+        policy: RetryPolicy = DEFAULT_POLICY,
+        secrets: Sequence[str] = (),
     ) -> None:
         self._fs = fs
         bucket, key, _ = fs.split_path(path)
         self._object = {"Bucket": bucket, "Key": key}
         self._place = place
         self._policy = policy
+        self._secrets = secrets
         self._done = False
         self._upload: str | None = None
         self._size = 0
@@ -195,8 +201,9 @@ class PendingUpload:
             return retrying(
                 action,
                 what=self._place,
-                explain=lambda error: explain_output(error, self._place),
+                explain=lambda error: explain_output(error, self._place, self._secrets),
                 policy=self._policy,
+                secrets=self._secrets,
             )
         except ReadFailed as error:
             raise OutputError(

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from distmerge.checkpoints.storage_options import check_storage_options, options_for
-from distmerge.errors import RecipeError
+from distmerge.checkpoints.fsspec_store import FsspecStore
+from distmerge.checkpoints.hub_account import hub_account
+from distmerge.checkpoints.retry import RetryPolicy
+from distmerge.checkpoints.storage_options import (
+    check_storage_options,
+    options_for,
+    quoted,
+    secret_values,
+)
+from distmerge.errors import OutputError, ReadFailed, RecipeError
+from distmerge.write.fsspec_output import FsspecOutput
 
 BY_PREFIX = {
     "s3://": {"anon": True},
@@ -45,3 +54,32 @@ def test_mixed_forms_are_refused_without_being_shown():
         with pytest.raises(RecipeError, match="mixes URL prefixes") as raised:
             check_storage_options(wrong)
         assert "hidden" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"client_kwargs": {"endpoint_url": "hidden"}},
+        {"endpoint_url": "http://127.0.0.1:9/Hidden/"},
+        {"client_kwargs": {"region_name": "hidden !"}},
+        {"config_kwargs": {"signature_version": "hidden"}},
+        {"config_kwargs": {"s3": {"addressing_style": "hidden"}}},
+    ],
+)
+def test_values_that_are_refused_are_told_without_being_shown(options):
+    once, given = RetryPolicy(attempts=1), {"key": "a", "secret": "b", **options}
+    for ask in (
+        FsspecStore("s3://bucket/model", given, policy=once).files,
+        lambda: FsspecOutput("s3://bucket/out", given, policy=once).exists("x"),
+    ):
+        with pytest.raises((ReadFailed, OutputError), match="s3://bucket") as raised:
+            ask()
+        assert "hidden" not in str(raised.value).lower()
+        assert "***" in str(raised.value)
+
+
+def test_values_are_taken_out_whole_and_where_they_are_nested():
+    secrets = secret_values({"http": {"proxies": ["http://me:pass word@host:1/"], "x": "abc"}})
+    told = quoted(ValueError("http://me:pass word@host:1/x, HOST:1, pass word, abc"), secrets)
+    assert told == "***/x, ***:1, ***, abc"
+    assert hub_account("hf://a/b", {"hf://": {"token": "hidden"}}).secrets == ("hidden",)

@@ -175,3 +175,12 @@ def test_a_closed_pipe_is_no_error(here):
     run = ["bash", "-o", "pipefail", "-c", command]
     result = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=60)
     assert result.stderr == ""
+
+
+def test_a_long_name_is_cut_in_a_warning_and_in_an_error(here):
+    long = "n" * 30_000
+    warned, failed = call("plan", recipe(passthrough=[long])), call("plan", long)
+    assert (warned.exit_code, failed.exit_code) == (0, 2), failed.output
+    for result in (warned, failed):
+        assert "nnn" in result.stderr
+        assert max(map(len, result.stderr.splitlines())) < 1100

@@ -150,6 +150,17 @@ def test_storage_options_are_never_shown(here):
     assert secret.encode() not in written
 
 
+def test_what_looks_like_a_secret_is_in_no_log_and_on_no_terminal(here):
+    secret = "hf_planted123456"
+    path = recipe(passthrough=[secret])
+    words = call("merge", path, "out", "--event-log", "log.jsonl")
+    lines = call("merge", path, "out", "--event-log", "log.jsonl", "--overwrite", "--json")
+    assert "passthrough" in Path("log.jsonl").read_text()
+    files = [file.read_text(errors="replace") for file in Path("out").iterdir()]
+    for text in (words.output, lines.output, Path("log.jsonl").read_text(), *files):
+        assert "planted" not in text
+
+
 def test_streams_without_a_terminal_get_no_bar(here, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     process = start("merge", recipe(), "out")

@@ -92,6 +92,11 @@ def test_the_recipe_is_a_yaml_block_that_parses_to_the_recipe(tmp_path):
     assert "yaml" not in loaded(card([], recipe_text=None), tmp_path).text
 
 
+def test_names_stay_on_their_line():
+    text = card([Parent(None, "a\n# b")], name="c\n# d", base="e\n# f")
+    assert [line for line in text.splitlines() if line.startswith("# ")] == [r"# c\x0a# d"]
+
+
 def test_backticks_in_a_recipe_do_not_end_the_block(tmp_path):
     recipe = "chat_template: |\n  ```\n  # Not a heading of the card\n  ```\n"
     text = loaded(card([], recipe_text=recipe), tmp_path).text
@@ -171,6 +176,14 @@ READMES = {
     "# license: mit\n\n---\n\nnot metadata\n": None,
     "---\nlicense: [unclosed\n---\n": None,
     "---\n- a list\n---\n": None,
+    "---\nlicense: mit\ntags: " + "[" * 3000 + "\n---\n": None,
+    "---\nlicense: mit\n1: a number\n---\n": None,
+    "---\nlicense: mit\nignore_metadata_errors: x\n---\n": None,
+    '---\nlicense: "mit\\n---\\n# A heading"\n---\n': None,
+    "---\nlicense: {mit: yes}\n---\n": None,
+    "---\nlicense: [mit, <!-- bsd]\n---\n": None,
+    "---\nlicense: [mit, '']\nlicense_name: [x]\n---\n": MIT,
+    '---\nlicense: mit\nlicense_name: "a\\nb"\nlicense_link: "\\e[31m"\n---\n': MIT,
     "": None,
 }
 
