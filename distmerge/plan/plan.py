@@ -17,6 +17,7 @@ from distmerge.expressions.nodes import Leaf
 from distmerge.expressions.program import Program, Same
 from distmerge.expressions.request import MergeRequest
 from distmerge.plan import describe
+from distmerge.plan.beside import with_beside
 from distmerge.plan.coverage import account
 from distmerge.plan.digest import digest_of, kernel_class
 from distmerge.plan.eight_bit import CODES, with_scales
@@ -147,7 +148,7 @@ def make_plan(
     budget |= {"sending": sending, "group": group}
     units, memory = with_memory(units, budget)
     return Plan(
-        request=request if keys is not None else with_idle(request, compiler),
+        request=request if keys is not None else with_idle(with_beside(request), compiler),
         inputs=inputs,
         units=tuple(units),
         digest=digest,
