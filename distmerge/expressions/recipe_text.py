@@ -241,7 +241,7 @@ def _is_text(source: str) -> bool:
 def _file_text(name: str) -> str:
     path, shown = Path(os.path.expanduser(name)), redact(name)
     fix = "check the path, or give '-' to read the recipe from standard input"
-    if path.is_dir():
+    if os.path.isdir(path):
         raise RecipeError(f"{shown} is a directory, not a recipe.", fix="give a YAML file")
     try:
         with open(path, encoding="utf-8-sig") as file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -27,8 +26,8 @@ def with_beside(request: MergeRequest) -> MergeRequest:
     replaced = request.tokenizer.replaced if request.tokenizer else frozenset()
     donor = request.files_from.checkpoint
     with closing(open_store(donor.root)) as store:
-        if not isinstance(store, LocalStore) or os.path.basename(donor.own_url) in donor.files:
-            return request  # of a file that was named itself, nothing comes along
+        if not isinstance(store, LocalStore) or donor.is_lone_file:
+            return request
         found = [*_left_out(store, donor), *_broken(store, donor, replaced)]
     return replace(request, warnings=tuple(dict.fromkeys((*request.warnings, *found))))
 

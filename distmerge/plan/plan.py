@@ -57,6 +57,13 @@ class Plan:
     def expression(self) -> str:
         return str(self.request.root)
 
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """Every model that something is read from, adapters too."""
+        named = [leaf for leaf in self.inputs.leaves if isinstance(leaf, Leaf)]
+        named += [leaf for leaf in (self.request.donor, self.request.config_from) if leaf]
+        return [c for leaf in named for c in (leaf.checkpoint, *leaf.checkpoint.others)]
+
     def tables(self) -> list[Table]:
         """For people: see `distmerge.plan.describe`."""
         return describe.tables(self)

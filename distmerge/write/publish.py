@@ -76,6 +76,18 @@ def check_apart(output: OutputStore, models: Iterable[Checkpoint]) -> None:
         )
 
 
+def check_outside(place: str, what: str, models: Iterable[Checkpoint]) -> None:
+    """Raises OutputError if a place is a model's folder or in one: it would be a part of it."""
+    wanted = _place(place)
+    for model in models:
+        root = _place(model.root)
+        if not model.is_lone_file and f"{wanted}/".startswith(f"{root}/"):
+            raise OutputError(
+                f"{what} {place} is in the folder of {model.url}, which is to be merged.",
+                fix="name a place outside of the models",
+            )
+
+
 def check_names(output: OutputStore, paths: Iterable[str]) -> None:
     """Raises OutputError if folders are in the way of files of these names."""
     folders = output.folders_among(paths)
