@@ -18,7 +18,7 @@ from distmerge.run.merge import plan
 from distmerge.write.clean import clean
 from distmerge.write.index import INDEX_FILE
 from distmerge.write.lease import LEASE_FILE
-from distmerge.write.shard import STAGING
+from distmerge.write.shard import receipt_path
 
 
 @pytest.fixture
@@ -172,8 +172,9 @@ def test_intermediate_merges_go_to_no_models_folder_and_have_names(recipe, tmp_p
     "index", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "{}"]
 )
 def test_leftovers_beside_a_broken_index_are_left(tmp_path, index):
-    (tmp_path / STAGING).mkdir()
-    (tmp_path / STAGING / "receipt.json").write_text("{}")
+    receipt = tmp_path / receipt_path("d" * 32, "model-00001-of-00002.safetensors")
+    receipt.parent.mkdir(parents=True)
+    receipt.write_text("{}")
     (tmp_path / INDEX_FILE).write_text(index)
     (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"x")
     with pytest.raises(OutputError, match="isn't an index") as caught:
