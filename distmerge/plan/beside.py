@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
 
 from distmerge.checkpoints.heads import read_bytes, read_json
 from distmerge.checkpoints.local_store import LocalStore
-from distmerge.checkpoints.opening import open_store
 from distmerge.checkpoints.tensors import Checkpoint, FileInfo
 from distmerge.errors import MalformedCheckpoint
 from distmerge.expressions.request import MergeRequest
@@ -25,11 +23,11 @@ def with_beside(request: MergeRequest) -> MergeRequest:
         return request
     replaced = request.tokenizer.replaced if request.tokenizer else frozenset()
     donor = request.files_from.checkpoint
-    with closing(open_store(donor.root)) as store:
-        if not isinstance(store, LocalStore) or donor.is_lone_file:
-            return request
-        found = [*_left_out(store, donor), *_broken(store, donor, replaced)]
-    return replace(request, warnings=tuple(dict.fromkeys((*request.warnings, *found))))
+    if "://" in donor.root or "::" in donor.root or donor.is_lone_file:
+        return request
+    store = LocalStore(donor.root)
+    found = (*_left_out(store, donor), *_broken(store, donor, replaced))
+    return replace(request, warnings=(*request.warnings, *found))
 
 
 def _left_out(store: LocalStore, donor: Checkpoint) -> Iterator[str]:
