@@ -11,6 +11,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from distmerge.checkpoints.links import is_named_as_a_models, leads_away
 from distmerge.checkpoints.parallel import check_range
 from distmerge.checkpoints.tensors import FileInfo
 from distmerge.errors import (
@@ -27,7 +28,8 @@ MOST_FILES = 50_000
 
 
 class LocalStore:
-    """Reads a directory, or one file of it. Symlinks are followed; hidden files are not seen.
+    """Reads a directory, or one file of it. Links are followed as `links.py` says; hidden files
+    are not seen.
 
     Each read opens the file anew and compares size, time and inode with the pinned ones, before
     and after, so a file that was replaced or written to meanwhile is an error.
@@ -52,10 +54,38 @@ class LocalStore:
                 return {self._only: FileInfo(self._only, info.st_size, tag_of(info))}
             return {
                 path: FileInfo(path, info.st_size, tag_of(info))
-                for path, info in sorted(walk_files(self.root))
+                for path, info in sorted(walk_files(self.root, leave=self._leads_away))
             }
         except OSError as error:
             raise _explain(error, self.root, self._only or "") from error
+
+    def left_out(self) -> dict[str, str]:
+        """What lies in the directory, looks like a part of the model and isn't one of its files:
+        path -> what it is."""
+        found: dict[str, str] = {}
+        if self._only is not None:
+            return found
+        for folder, folders, names in os.walk(self.root):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for name in (*folders, *names):
+                path = os.path.join(folder, name)
+                if (kind := self._stray(path)) and not name.startswith("."):
+                    found[Path(path).relative_to(self.root).as_posix()] = kind
+        return dict(sorted(found.items()))
+
+    def _stray(self, path: str) -> str | None:
+        info = _stat(path)
+        if info is None:
+            return None
+        if self._leads_away(path):
+            return "a link to another place"
+        if stat.S_ISDIR(info.st_mode):
+            named = is_named_as_a_models(os.path.basename(path))
+            return "a folder" if named else None
+        return None if stat.S_ISREG(info.st_mode) else "no regular file"
+
+    def _leads_away(self, path: str) -> bool:
+        return leads_away(self.root, path)
 
     def read_into(self, file: FileInfo, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the file's bytes from `start` on."""
@@ -98,11 +128,16 @@ def fill_from_disk(
 
 
 def walk_files(
-    root: str, *, hidden: bool = False, follow: bool = True
+    root: str,
+    *,
+    hidden: bool = False,
+    follow: bool = True,
+    leave: Callable[[str], bool] = lambda path: False,
 ) -> Iterator[tuple[str, os.stat_result]]:
     """Regular files below `root` by relative path, cycles left out.
 
     follow: look into linked folders. Linked files are files.
+    leave: says of a path that it isn't looked at.
     """
     seen: set[tuple[int, int]] = set()
     count = 0
@@ -118,13 +153,14 @@ def walk_files(
             folders.clear()
             continue
         seen.add((here.st_dev, here.st_ino))
-        folders[:] = [name for name in folders if hidden or not name.startswith(".")]
+        shown = [name for name in folders if hidden or not name.startswith(".")]
+        folders[:] = [name for name in shown if not leave(os.path.join(folder, name))]
         for name in names:
             if not hidden and name.startswith("."):
                 continue
             path = os.path.join(folder, name)
             info = _stat(path)
-            if info is None or not stat.S_ISREG(info.st_mode):
+            if info is None or not stat.S_ISREG(info.st_mode) or leave(path):
                 continue
             yield Path(path).relative_to(root).as_posix(), info
 

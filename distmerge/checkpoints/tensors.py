@@ -138,6 +138,11 @@ class Checkpoint:
             url = url.removesuffix(f"+{other.url}")
         return url
 
+    @property
+    def is_lone_file(self) -> bool:
+        """Was it named as one file, so that nothing beside it is a part of it?"""
+        return list(self.files) == [self.own_url.rpartition("/")[2]]
+
     def source(self, number: int) -> Checkpoint:
         """The checkpoint that a view's part is in: itself, one of the others, or borrowed."""
         return (self, *self.others, *self.borrowed)[number]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import ParamSpec, TypeVar
 
 import typer
 
-from distmerge.errors import DistmergeError, shown
+from distmerge.errors import DistmergeError, OutputError, shown
 from distmerge.run.progress import printable
 
 P = ParamSpec("P")
@@ -31,6 +32,7 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(command)
     def run(*args: P.args, **options: P.kwargs) -> R:
         try:
+            _check_here()
             return command(*args, **options)
         except typer.Exit:
             raise
@@ -49,6 +51,16 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(BROKEN) from None
 
     return run
+
+
+def _check_here() -> None:
+    """Raises OutputError where paths mean nothing, and torch's libraries end the process."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise OutputError(
+            "The folder that this command is run in was deleted.", fix="cd to one that is there"
+        ) from None
 
 
 def _tell(text: str, *, trace: bool = False) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from distmerge.cli import options
 from distmerge.cli.failures import reported
+from distmerge.errors import OutputError
 from distmerge.run.progress import printable, watching
 
 if TYPE_CHECKING:
@@ -51,8 +52,9 @@ def merge(
 ) -> None:
     """Merge models as a recipe says, and write the result."""
     from distmerge.run import merge as running
-    from distmerge.run.json_lines import logged
+    from distmerge.run.log_file import logged
 
+    check_lasting(out, keep_intermediates)
     request = read_request(recipe, overrides, strict=strict)
     settings: dict[str, Any] = {
         "engine": engine.value,
@@ -67,11 +69,10 @@ def merge(
     }
     warn_of_plan(decided := running.plan(request, out, **settings), request)
     if dry_run:
-        show_plan(decided, as_json=as_json)
-        return
+        return show_plan(decided, as_json=as_json)
     with (
         watching(json=as_json, quiet=quiet, told=decided.request.warnings) as watcher,
-        logged(event_log, watcher) as listener,
+        logged(event_log, watcher, decided.checkpoints) as listener,
     ):
         running.merge(
             decided,
@@ -106,6 +107,7 @@ def plan(
     """Show what a merge would do, from headers."""
     from distmerge.run import merge as running
 
+    check_lasting(out)
     request = read_request(recipe, overrides, strict=strict)
     decided = running.plan(
         request,
@@ -121,6 +123,16 @@ def plan(
     )
     warn_of_plan(decided, request)
     show_plan(decided, as_json=as_json)
+
+
+def check_lasting(*places: str | None) -> None:
+    """Raises OutputError: what is written there ends with this process."""
+    for place in places:
+        if place is not None and place.startswith("memory:"):
+            raise OutputError(
+                f"{place} is in the memory of this command, and gone when it ends.",
+                fix="name a folder or the URL of a store",
+            )
 
 
 def read_request(recipe: str, overrides: list[str] | None, *, strict: bool) -> MergeRequest:

@@ -9,7 +9,7 @@ import typer
 
 from distmerge.cli import options
 from distmerge.cli.failures import reported
-from distmerge.cli.merging import ALLOWED_MEM
+from distmerge.cli.merging import ALLOWED_MEM, check_lasting
 from distmerge.cli.sweeping import show_results
 from distmerge.run.progress import watching
 
@@ -64,9 +64,10 @@ def search(
     trace: options.Trace = False,
 ) -> None:
     """Search a sweep's space for the best merges."""
-    from distmerge.run.json_lines import logged
+    from distmerge.run.log_file import logged
     from distmerge.sweeps.search import search as run
 
+    check_lasting(out)
     told = (lambda results, by: None) if as_json or quiet else show_results
     with watching(json=as_json, quiet=quiet) as watcher, logged(event_log, watcher) as listener:
         run(

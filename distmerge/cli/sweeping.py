@@ -9,7 +9,7 @@ import typer
 
 from distmerge.cli import options
 from distmerge.cli.failures import reported
-from distmerge.cli.merging import ALLOWED_MEM, show_plan, warn
+from distmerge.cli.merging import ALLOWED_MEM, check_lasting, show_plan, warn
 from distmerge.run.progress import watching
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def sweep(
     from distmerge.sweeps.plan import plan_sweep
     from distmerge.sweeps.scratch import Scratch
 
+    check_lasting(out)
     wanted = load_sweep(space, overrides=overrides or (), strict=strict)
     for text in wanted.warnings:
         warn(text)
@@ -92,7 +93,7 @@ def _run(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    from distmerge.run.json_lines import logged
+    from distmerge.run.log_file import logged
     from distmerge.sweeps.run import run_sweep
 
     with (

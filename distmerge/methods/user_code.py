@@ -59,7 +59,7 @@ def _installed(name: str) -> bool:
 
 def _module_from_file(place: str) -> ModuleType:
     path = Path(os.path.expanduser(place))
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UnknownMethod(f"There is no file {place}.", fix="give a path that exists here")
     digest = hashlib.blake2b(str(path.resolve()).encode(), digest_size=4).hexdigest()
     name = f"distmerge_user_{path.stem}_{digest}"

@@ -17,6 +17,7 @@ from distmerge.expressions.nodes import Leaf
 from distmerge.expressions.program import Program, Same
 from distmerge.expressions.request import MergeRequest
 from distmerge.plan import describe
+from distmerge.plan.beside import with_beside
 from distmerge.plan.coverage import account
 from distmerge.plan.digest import digest_of, kernel_class
 from distmerge.plan.eight_bit import CODES, with_scales
@@ -55,6 +56,13 @@ class Plan:
     @property
     def expression(self) -> str:
         return str(self.request.root)
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """Every model that something is read from, adapters too."""
+        named = [leaf for leaf in self.inputs.leaves if isinstance(leaf, Leaf)]
+        named += [leaf for leaf in (self.request.donor, self.request.config_from) if leaf]
+        return [c for leaf in named for c in (leaf.checkpoint, *leaf.checkpoint.others)]
 
     def tables(self) -> list[Table]:
         """For people: see `distmerge.plan.describe`."""
@@ -147,7 +155,7 @@ def make_plan(
     budget |= {"sending": sending, "group": group}
     units, memory = with_memory(units, budget)
     return Plan(
-        request=request if keys is not None else with_idle(request, compiler),
+        request=request if keys is not None else with_idle(with_beside(request), compiler),
         inputs=inputs,
         units=tuple(units),
         digest=digest,

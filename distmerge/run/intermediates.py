@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from distmerge.checkpoints.location import is_safe_path
 from distmerge.errors import RecipeError
 from distmerge.expressions.request import MergeRequest
+from distmerge.plan.plan import Plan
+from distmerge.write.output import open_output
+from distmerge.write.publish import check_outside
 
 Intermediate = tuple[MergeRequest, str, dict[str, Any]]
 
 
-def intermediates(
-    request: MergeRequest, folder: str, options: Mapping[str, Any]
-) -> Iterator[Intermediate]:
+def intermediates(decided: Plan, folder: str, options: Mapping[str, Any]) -> list[Intermediate]:
     """What to merge, where to, and with which options, for each named document that is used.
 
     They are copies for people to look at: the merge that uses them computes them itself, without
@@ -22,7 +23,11 @@ def intermediates(
 
     Raises
         RecipeError: a name that can't be a folder's.
+        OutputError: the folder isn't one to write to, or is a model's.
     """
+    request, found = decided.request, []
+    open_output(folder, request.storage_options)
+    check_outside(folder, "The folder for intermediate merges", decided.checkpoints)
     for name, inner in request.intermediates:
         if not is_safe_path(name):
             raise RecipeError(
@@ -30,4 +35,7 @@ def intermediates(
                 fix="give the document another 'name:'",
             )
         own = {**options, "keep_intermediates": None, "out_dtype": None, "seed": request.seed}
-        yield inner, f"{folder.rstrip('/')}/{name}", own
+        place = f"{folder.rstrip('/')}/{name}"
+        open_output(place, request.storage_options)
+        found.append((inner, place, own))
+    return found

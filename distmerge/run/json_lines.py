@@ -7,12 +7,10 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from typing import TextIO
 
-from distmerge.errors import OutputError
-from distmerge.run.events import Event, Listener
+from distmerge.run.events import Event
 
 
 class JsonWatcher:
@@ -50,42 +48,3 @@ def output_of_its_own() -> Iterator[TextIO]:
         sys.stdout.flush()
         os.dup2(own, printed)
         os.close(own)
-
-
-def _unwritable(path: str, error: OSError | ValueError) -> OutputError:
-    reason = error.strerror if isinstance(error, OSError) else error
-    return OutputError(
-        f"The event log {path} can't be written: {reason}.",
-        fix="name a file in a folder of this machine that exists and has room",
-    )
-
-
-@contextmanager
-def logged(path: str | None, listener: Listener) -> Iterator[Listener]:
-    """A listener that also appends every event to a file, as it happens: a run that goes on from
-    a killed one goes on with its log. Without a path, the listener itself.
-
-    Raises
-        OutputError: the file can't be opened.
-    """
-    if path is None:
-        yield listener
-        return
-    try:
-        file = Path(path).open("a", encoding="utf-8")  # noqa: SIM115 - closed below
-    except (OSError, ValueError) as error:
-        raise _unwritable(path, error) from error
-    try:
-        log = JsonWatcher(file)
-
-        def both(event: Event) -> None:
-            try:
-                log(event)
-            except OSError as error:
-                raise _unwritable(path, error) from error
-            listener(event)
-
-        yield both
-    finally:
-        with suppress(OSError):  # of a line that couldn't be written, which has been told
-            file.close()

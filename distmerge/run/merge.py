@@ -11,7 +11,7 @@ from distmerge.checkpoints.store import OutputStore
 from distmerge.errors import OutputError, RecipeError
 from distmerge.expressions.compute_pool import one_torch_thread
 from distmerge.expressions.lazy import LazyStateDict, open_lazy
-from distmerge.expressions.nodes import Expression, Leaf, TensorLeaf, leaves
+from distmerge.expressions.nodes import Expression, TensorLeaf, leaves
 from distmerge.expressions.recipe import load_recipe
 from distmerge.expressions.request import MergeRequest, request_for
 from distmerge.plan.memory import RAY
@@ -78,7 +78,7 @@ def merge(what: Any, out: str, *, listener: Listener = silent, **options: Any) -
     if not published.holds(decided.digest):
         check_place(decided, output, published, settings)
     if settings.keep_intermediates is not None:
-        for inner, place, own in intermediates(request, settings.keep_intermediates, options):
+        for inner, place, own in intermediates(decided, settings.keep_intermediates, options):
             merge(inner, place, listener=listener, **own)
     if not published.holds(decided.digest):
         summary = _write(decided, output, settings, listener)
@@ -153,10 +153,7 @@ def check_place(
 ) -> None:
     """Raises OutputExists if something there would be lost."""
     check_free(output, published, overwrite=settings.replaces)
-    named = [leaf for leaf in decided.inputs.leaves if isinstance(leaf, Leaf)]
-    named += [leaf for leaf in (decided.request.donor, decided.request.config_from) if leaf]
-    pinned = [c for leaf in named for c in (leaf.checkpoint, *leaf.checkpoint.others)]
-    check_apart(output, pinned)
+    check_apart(output, decided.checkpoints)
     check_names(output, names_of_files(decided))
 
 

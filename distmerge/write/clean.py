@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,15 @@ from pathlib import Path
 from distmerge.checkpoints.spool import remove_abandoned
 from distmerge.checkpoints.store import OutputStore, StorageOptions
 from distmerge.errors import OutputError
-from distmerge.write.index import INDEX_FILE, SINGLE_FILE
-from distmerge.write.lease import LEASE_FILE, lease
+from distmerge.write.index import INDEX_FILE, SINGLE_FILE, shard_names
+from distmerge.write.lease import LEASE_FILE, lease, read_lease
 from distmerge.write.local_output import LocalOutput
 from distmerge.write.manifest import EVENTS_FILE, MANIFEST_FILE, Manifest
 from distmerge.write.output import open_output
-from distmerge.write.publish import clean_staging, is_weights
-from distmerge.write.shard import STAGING
+from distmerge.write.publish import clean_staging, is_staged, is_weights
+
+_OF = re.compile(r"-of-(\d{5,6})\.safetensors\.json$")
+_UNITS = re.compile(rb'^\{"event": "plan", .*?"units": (\d{1,6})\b', re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,7 @@ def clean(out: str, *, storage_options: StorageOptions | None = None) -> Cleaned
     spools = remove_abandoned(Path(output.root)) if isinstance(output, LocalOutput) else 0
     if isinstance(output, LocalOutput) and not os.path.isdir(output.root):
         raise OutputError(f"Nothing is at {out}.", fix="check the path")
-    began = output.exists(LEASE_FILE)
+    began = read_lease(output) is not None
     if not began and not output.list():
         return Cleaned((), output.remove_temporaries() + spools)  # nothing to hold a lease in
     with lease(output):
@@ -61,7 +64,7 @@ def leftovers(output: OutputStore, files: Iterable[str], *, began: bool) -> set[
 
     began: whether a run's lease was there; else its receipts tell that one has begun.
     """
-    staged = {path for path in files if path.startswith(f"{STAGING}/")} - {LEASE_FILE}
+    staged = {path for path in files if is_staged(path)} - {LEASE_FILE}
     if not staged and not began:
         return set()
     if SINGLE_FILE in files:
@@ -70,13 +73,25 @@ def leftovers(output: OutputStore, files: Iterable[str], *, began: bool) -> set[
         named = _in_index(output)
     else:
         named = set()
-    stale = staged | {path for path in files if is_weights(path) and path not in named}
+    weights = {path for path in files if is_weights(path)} - named
+    if staged and not began:
+        weights &= _shards_begun(output, staged)
+    stale = staged | weights
     if not named:
         stale |= {path for path in files if path == EVENTS_FILE}
     if not named and MANIFEST_FILE in files:
         written = Manifest.from_json(output.read_bytes(MANIFEST_FILE)).files
         stale |= {MANIFEST_FILE, *(path for path in written if path in files)}
     return stale
+
+
+def _shards_begun(output: OutputStore, staged: Iterable[str]) -> set[str]:
+    """Names of the shards of the runs that receipts, or logs where none is whole, tell of."""
+    counts = {int(found[1]) for path in staged if (found := _OF.search(path))}
+    for path in staged:
+        if path.endswith("/events.jsonl"):
+            counts |= {int(n) for n in _UNITS.findall(output.read_bytes(path))}
+    return {name for count in counts if count > 1 for name in shard_names(count)}
 
 
 def _in_index(output: OutputStore) -> set[str]:

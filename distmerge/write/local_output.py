@@ -72,7 +72,13 @@ class LocalOutput:
 
     def read_bytes(self, path: str) -> bytes:
         """All of one small file. Raises FileNotFoundError if it isn't there."""
-        return Path(self._path(path)).read_bytes()
+        full = self._path(path)
+        try:
+            return Path(full).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            raise
+        except OSError as error:
+            raise output_error(full, error) from error
 
     def write_bytes(self, path: str, data: bytes) -> None:
         """Atomically create or replace one small file."""
@@ -122,11 +128,20 @@ class LocalOutput:
             raise output_error(target, error) from error
 
     def free_bytes(self) -> int | None:
-        """Room left on the disk that the output is, or will be, on."""
+        """Room left on the disk that the output is, or will be, on.
+
+        Raises OutputError: it is none, as /proc.
+        """
         place = Path(self.root)
         while not place.exists() and place != place.parent:
             place = place.parent
-        return shutil.disk_usage(place).free
+        usage = shutil.disk_usage(place)
+        if not usage.total:
+            raise OutputError(
+                f"{self.root} can't be written to: {place} is on no disk.",
+                fix="choose another output",
+            )
+        return usage.free
 
     def remove_below(self, folder: str) -> None:
         """Remove every file below a folder."""

@@ -73,8 +73,25 @@ def _local(path: str) -> LocalOutput:
                 f"{path.partition('/')[0]} is no user of this machine.",
                 fix=f"./{path}, if that is a folder's name, or choose another output",
             ) from None
+        _check_names(path)
     except (OSError, ValueError) as error:
         raise output_error(path, error) from None
     if os.path.realpath(path) == os.path.abspath(os.sep):
         raise OutputError("The output can't be the whole machine.", fix="name a folder of its own")
     return LocalOutput(path)
+
+
+def _check_names(path: str) -> None:
+    """Raises OutputError if a folder that is missing on the way to a path can't have its name,
+    which the system says only of one whose own folder is there."""
+    names, place = [], os.path.abspath(path)
+    while not os.path.exists(place):
+        place, name = os.path.split(place)
+        names.append(name)
+    for name in names:
+        try:
+            os.stat(os.path.join(place, name))
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise output_error(path, error) from None

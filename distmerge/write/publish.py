@@ -17,11 +17,20 @@ from distmerge.write.manifest import EVENTS_FILE, MANIFEST_FILE, Manifest
 from distmerge.write.shard import STAGING
 
 _WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors$")
+_STAGED = re.compile(
+    rf"{re.escape(STAGING)}/[0-9a-f]{{8,}}/"
+    rf"(?:{_WEIGHTS.pattern[:-1]}(?:\.json)?|answers\.json|events\.jsonl)|{re.escape(LEASE_FILE)}"
+)
 
 
 def is_weights(path: str) -> bool:
     """Whether a merge gives one of its shards that name."""
     return _WEIGHTS.fullmatch(path) is not None
+
+
+def is_staged(path: str) -> bool:
+    """Is that what a run calls a file of its own in an output? Others there are somebody's."""
+    return _STAGED.fullmatch(path) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +70,7 @@ def look(output: OutputStore) -> Published:
             digest = Manifest.from_json(output.read_bytes(MANIFEST_FILE)).digest
         except VerificationFailed:
             digest = None
-    unfinished = any(path.startswith(f"{STAGING}/") for path in files)
+    unfinished = any(is_staged(path) for path in files)
     others = any(not path.startswith(f"{STAGING}/") for path in files) and not unfinished
     return Published(loads, digest, unfinished, others)
 
@@ -74,6 +83,18 @@ def check_apart(output: OutputStore, models: Iterable[Checkpoint]) -> None:
             f"{output.root} holds one of the models that are to be merged.",
             fix="choose another output",
         )
+
+
+def check_outside(place: str, what: str, models: Iterable[Checkpoint]) -> None:
+    """Raises OutputError if a place is a model's folder or in one: it would be a part of it."""
+    wanted = _place(place)
+    for model in models:
+        root = _place(model.root)
+        if not model.is_lone_file and f"{wanted}/".startswith(f"{root}/"):
+            raise OutputError(
+                f"{what} {place} is in the folder of {model.url}, which is to be merged.",
+                fix="name a place outside of the models",
+            )
 
 
 def check_names(output: OutputStore, paths: Iterable[str]) -> None:
@@ -151,7 +172,8 @@ def clear_stale(output: OutputStore, digest: str, shards: Collection[str]) -> No
     shards that those vouch for are about to be written over, then shards that this merge
     doesn't have."""
     for path in output.list(f"{STAGING}/"):
-        if path != LEASE_FILE and not path.startswith(f"{STAGING}/{digest}/"):
+        ours = is_staged(path) and path != LEASE_FILE
+        if ours and not path.startswith(f"{STAGING}/{digest}/"):
             output.delete(path)
     for path in output.list():
         if is_weights(path) and path not in shards:
@@ -184,4 +206,9 @@ def publish(
 
 def clean_staging(output: OutputStore) -> None:
     """Remove receipts and whatever else belonged to the run rather than to its result."""
-    output.remove_below(f"{STAGING}/")
+    found = output.list(f"{STAGING}/")
+    if all(is_staged(path) for path in found):
+        output.remove_below(f"{STAGING}/")  # and whatever else the store keeps there
+        return
+    for path in filter(is_staged, found):
+        output.delete(path)

@@ -123,6 +123,35 @@ def test_a_recipe_of_a_user_that_is_not_there(here, command):
     assert "There is no recipe '~nobody-of-that-name/merge.yml'." in result.stderr
 
 
+@pytest.mark.parametrize("command", ["merge", "plan", "sweep"])
+def test_a_recipes_name_that_is_too_long(here, command):
+    result = call(command, "x" * 300, "out")
+    assert result.exit_code == 2
+    assert "can't be read" in result.stderr.splitlines()[0]
+
+
+@pytest.mark.parametrize("command", ["merge", "plan", "sweep", "search"])
+def test_an_output_in_this_process_memory_is_refused(here, command):
+    result = call(command, recipe(), "memory://out")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[0].startswith("memory://out is in the memory of this")
+    result = call("merge", recipe(), "out", "--keep-intermediates", "memory://kept")
+    assert result.exit_code == 2
+    assert not Path("out").exists()
+
+
+def test_a_folder_that_was_deleted_is_one_sentence(here):
+    path = Path(recipe()).absolute()
+    Path("gone").mkdir()
+    os.chdir("gone")
+    os.rmdir("../gone")
+    result = call("merge", path, here / "out")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "The folder that this command is run in was deleted.\nFix: cd to one that is there\n"
+    )
+
+
 def test_usage_mistakes_are_told_by_the_parser(here):
     for arguments in (["mrege"], ["merge", "x.yml"], ["plan", "x.yml", "--engine", "spark"]):
         result = call(*arguments)

@@ -150,6 +150,28 @@ def test_a_persons_own_files_are_not_touched(tmp_path):
     assert not nowhere.exists()
 
 
+def test_what_lies_among_a_runs_files_and_isnt_its_own_stays(recipe, tmp_path):
+    own = {".distmerge/notes.txt", ".distmerge/theirs/paper.md", ".distmerge/theirs/x.json"}
+    shards = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+    for name in own | shards:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"mine")
+    assert clean(str(tmp_path)).files == ()
+    assert names_below(tmp_path) == own | shards
+    with pytest.raises(OutputExists):
+        distmerge.merge(recipe, str(tmp_path))
+    # Of a run of three shards that failed, the log and one shard without its receipt.
+    log = f".distmerge/{'d' * 32}/events.jsonl"
+    begun = "model-00001-of-00003.safetensors"
+    (tmp_path / log).parent.mkdir()
+    (tmp_path / log).write_text(Event("plan", {"units": 3}).json() + "\n")
+    (tmp_path / begun).write_bytes(b"x")
+    assert set(clean(str(tmp_path)).files) == {log, begun}
+    assert names_below(tmp_path) == own | shards
+    distmerge.merge(recipe, str(tmp_path), overwrite=True)
+    assert own < names_below(tmp_path)
+
+
 def test_on_the_command_line(recipe, tmp_path):
     out, marker = tmp_path / "out", tmp_path / "marker"
     options: dict[str, Any] = {"max_shard_size": SMALL}

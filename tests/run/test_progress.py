@@ -15,7 +15,8 @@ from run.merging import small_models
 from distmerge.cli.app import app
 from distmerge.errors import OutputError
 from distmerge.run.events import Event
-from distmerge.run.json_lines import JsonWatcher, logged
+from distmerge.run.json_lines import JsonWatcher
+from distmerge.run.log_file import logged
 from distmerge.run.progress import (
     BarWatcher,
     LineWatcher,

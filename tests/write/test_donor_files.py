@@ -1,13 +1,18 @@
 """Which files of the donor come along, and that they arrive unchanged."""
 
+import os
 from pathlib import Path
 
 import pytest
 import xxhash
+from run.family import names_below, save_model
+from run.merging import small_models
 
+import distmerge
 from distmerge.checkpoints.local_store import LocalStore
 from distmerge.checkpoints.tensors import Checkpoint, FileInfo, TensorInfo
 from distmerge.errors import DistmergeError
+from distmerge.run.merge import plan
 from distmerge.write import donor_files
 from distmerge.write.donor_files import copy_donor_files, files_to_copy, skipped_files
 from distmerge.write.output import open_output
@@ -137,3 +142,75 @@ def test_a_file_that_changes_under_the_copy_is_an_error_and_leaves_nothing(
     with pytest.raises(DistmergeError):
         copy_donor_files(checkpoint, store, output)
     assert not any("spiece" in file.name for file in (tmp_path / "out").rglob("*"))
+
+
+@pytest.fixture
+def linked(tmp_path):
+    """A model whose weights and tokenizer are links, with others that lead away."""
+    theirs, folder = tmp_path / "theirs", Path(save_model(small_models(1)[0], tmp_path / "model"))
+    (theirs / "keys").mkdir(parents=True)
+    (theirs / "keys/id").write_text("secret")
+    (theirs / "vocabulary").write_text("{}")
+    (folder / "model.safetensors").rename(theirs / "weights")
+    (folder / "own").mkdir()
+    (folder / "own/part.txt").write_text("own")
+    for name, target in (
+        ("model.safetensors", "../theirs/weights"),
+        ("vocab.json", "../theirs/vocabulary"),
+        ("notes.txt", "../theirs/keys/id"),
+        ("optimizer.pt", "../theirs/keys/id"),
+        ("ml", str(theirs / "keys")),
+        ("again.txt", "own/part.txt"),
+    ):
+        (folder / name).symlink_to(target)
+    return folder
+
+
+def test_of_links_that_lead_away_only_a_models_files_are_followed(linked, tmp_path):
+    made = {"merge_method": "linear", "models": [str(linked)], "parameters": {"weight": 1.0}}
+    told = [text for text in plan(made).request.warnings if "another place" in text]
+    assert [text.split(" of ")[0] for text in told] == ["ml", "notes.txt"]
+    distmerge.merge(made, str(tmp_path / "out"))
+    assert {"vocab.json", "again.txt", "own/part.txt"} <= names_below(tmp_path / "out")
+    assert b"secret" not in {p.read_bytes() for p in (tmp_path / "out").rglob("*.txt")}
+    assert not names_below(tmp_path / "out") & {"notes.txt", "ml/id"}
+
+
+def test_a_snapshot_of_the_hub_cache_is_links_to_its_blobs(tmp_path):
+    blobs, snapshot = tmp_path / "models--a--b/blobs", tmp_path / "models--a--b/snapshots/c0ffee"
+    (snapshot / "1_Pooling").mkdir(parents=True)
+    blobs.mkdir()
+    for path in ("notes.txt", "1_Pooling/any.txt"):
+        (blobs / Path(path).name).write_text(path)
+        (snapshot / path).symlink_to(
+            os.path.relpath(blobs / Path(path).name, (snapshot / path).parent)
+        )
+    (tmp_path / "by-another-name").symlink_to(snapshot)
+    for root in (snapshot, tmp_path / "by-another-name"):
+        store = LocalStore(str(root))
+        assert set(store.files()) == {"notes.txt", "1_Pooling/any.txt"}
+        assert store.left_out() == {}
+    assert set(LocalStore(str(snapshot / "1_Pooling")).files()) == {"any.txt"}
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "told"),
+    [
+        ("config.json", "folder", "is a folder"),
+        ("config.json", "pipe", "is no regular file"),
+        ("tokenizer.json", "{", "is no JSON object"),
+        ("tokenizer.json", "version https://git-lfs" + " " * (1 << 20), "is no JSON object"),
+    ],
+)
+def test_a_donors_file_that_is_none_is_warned_of(tmp_path, name, how, told):
+    folder = Path(save_model(small_models(1)[0], tmp_path / "model"))
+    (folder / name).unlink(missing_ok=True)
+    if how == "folder":
+        (folder / name).mkdir()
+    elif how == "pipe":
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).write_text(how)
+    made = {"merge_method": "linear", "models": [str(folder)], "parameters": {"weight": 1.0}}
+    warnings = plan(made).request.warnings
+    assert any(text.startswith(f"{name} of ") and told in text for text in warnings)

@@ -1,0 +1,45 @@
+"""Which links in a model's folder are a part of the model.
+
+A link that stays in the folder is, and so is one into the blobs of the Hub cache that the folder
+is a snapshot of. Of what leads elsewhere a file is read if it is named as a model's files are:
+people link weights. Whatever else is behind a link is somebody's own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from distmerge.checkpoints.location import INDEX_SUFFIXES, WEIGHT_SUFFIXES
+
+_OF_A_MODEL = re.compile(
+    r".*(?:{})".format("|".join(map(re.escape, (*WEIGHT_SUFFIXES, *INDEX_SUFFIXES, ".gguf"))))
+    + r"|(?:.*_)?config\.json|README\.md|model_index\.json|modules\.json"
+    r"|tokenizer\.json|(?:special_tokens_map|added_tokens|vocab|tekken|chat_template)\.json"
+    r"|vocab\.txt|merges\.txt|chat_template\.jinja"
+    r"|(?:tokenizer|spiece|sentencepiece\.bpe)\.model|source\.spm|.*\.tiktoken"
+    r"|(?:modeling|configuration|tokenization|processing|image_processing)_\w+\.py"
+)
+
+
+def is_named_as_a_models(name: str) -> bool:
+    """Is that what weights, a config, a tokenizer or a model's code are called?"""
+    return _OF_A_MODEL.fullmatch(name) is not None
+
+
+def leads_away(root: str, path: str) -> bool:
+    """Is `path`, below `root`, a link to something that isn't the model's?"""
+    if not os.path.islink(path):
+        return False
+    target = Path(os.path.realpath(path))
+    if any(target.is_relative_to(place) for place in _homes(root)):
+        return False
+    return target.is_dir() or not is_named_as_a_models(os.path.basename(path))
+
+
+def _homes(root: str) -> list[str]:
+    """Where the bytes of a model's folder may lie: there, and in the Hub cache around it."""
+    real = Path(os.path.realpath(root))
+    caches = [p.parent / "blobs" for p in (real, *real.parents) if p.name == "snapshots"]
+    return [str(real), *(os.path.realpath(cache) for cache in caches[:1])]
