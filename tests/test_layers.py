@@ -97,6 +97,7 @@ HOMES = {
         "huggingface/tasks.py",
         "huggingface/tokenizers.py",
     },
+    "regex": {"checkpoints/renaming.py"},
     "jinja2": {"expressions/chat_templates.py"},
     "rich": {
         "cli/tables.py",
