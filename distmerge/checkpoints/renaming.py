@@ -7,7 +7,8 @@ ones before it made of a key.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,8 @@ from distmerge.errors import KeyMismatch, ParameterError
 Rename = Mapping[str, str] | Sequence[Mapping[str, str]]
 """Prefixes and what stands instead; or rules {prefix or regex, to}."""
 FORM = "rename: {'old.prefix.': 'new.prefix.'}, or [{regex: '^h[.]', to: 'model.layers.'}]"
+LONGEST_SEARCH = 10.0
+"""Seconds that a regular expression has for all keys of a model: some take ages on a long one."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,27 @@ class Rule:
     """For a regular expression with its groups as `\\1`."""
     is_regex: bool = False
 
-    def __call__(self, key: str) -> str:
-        if self.is_regex:
-            return re.sub(self.pattern, self.to, key)
-        found = key.startswith(self.pattern)
-        return self.to + key.removeprefix(self.pattern) if found else key
+    def on(self, keys: Iterable[str]) -> Iterator[str]:
+        """What each key is called then. Raises ParameterError for a regular expression that tries
+        too many ways to fit."""
+        if not self.is_regex:
+            for key in keys:
+                found = key.startswith(self.pattern)
+                yield self.to + key.removeprefix(self.pattern) if found else key
+            return
+        import regex  # Python's re has no time limit
+
+        pattern, end = regex.compile(self.pattern), time.monotonic() + LONGEST_SEARCH
+        for key in keys:
+            try:
+                left = max(end - time.monotonic(), 0.01)
+                yield pattern.sub(self.to, key, timeout=left)
+            except TimeoutError:
+                raise ParameterError(
+                    f"rename's {self.pattern!r} takes too long on {key!r}.",
+                    f"all keys of a model have {LONGEST_SEARCH:g} s",
+                    fix="don't repeat a group that holds repeats or |: a+ instead of (a|aa)+",
+                ) from None
 
 
 def read_rules(given: Any) -> tuple[Rule, ...]:
@@ -59,9 +78,12 @@ def _rule(given: Any) -> Rule:
     if not isinstance(pattern, str) or not isinstance(to, str):
         raise ParameterError(f"{given!r} renames something that is no name.", fix=FORM)
     if kinds == ["regex"]:
+        import regex
+
         try:
             re.compile(pattern).sub(to, "")
-        except (re.error, IndexError) as error:
+            regex.compile(pattern)
+        except (re.error, regex.error, IndexError) as error:
             reason = f"{pattern!r} -> {to!r} is not a regular expression and its replacement"
             raise ParameterError(
                 f"{reason}: {error}.", fix="Python's re describes them; prefix: takes plain text"
@@ -83,7 +105,7 @@ def renamed(checkpoint: Checkpoint, rules: Sequence[Rule]) -> Checkpoint:
     names = {key: key for key in known}
     idle = []
     for rule in rules:
-        then = {key: rule(name) for key, name in names.items()}
+        then = dict(zip(names, rule.on(names.values()), strict=True))
         if then == names:
             idle.append(rule)
         names = then

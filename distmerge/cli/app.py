@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from distmerge.cli import describing, explaining, looking, merging, options, searching, sweeping
-from distmerge.cli.failures import reported
+from distmerge.cli.failures import reported, to_the_end
 from distmerge.cli.mergekit_flags import MergekitCommand
 
 app = typer.Typer(
@@ -78,4 +78,5 @@ def main() -> None:
     # walks them over and over, a tenth of the start-up.
     gc.set_threshold(100_000, 50, 100)
     atexit.register(gc.freeze)  # it would walk them once more at the end, which takes half a second
-    app(prog_name="distmerge")
+    with to_the_end():
+        app(prog_name="distmerge")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 import typer
@@ -43,8 +45,8 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
             _tell(str(error), trace=bool(options.get("trace")))
             raise typer.Exit(BAD_INPUT) from None
         except Exception as error:
-            if isinstance(error, OSError) and error.errno == errno.EPIPE:
-                raise  # whoever read our output has seen enough
+            if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
+                raise  # see `to_the_end`
             first = (str(error).strip().splitlines() or ["no message"])[0]
             text = f"{type(error).__name__}: {shown(first)}\nFix: --trace shows where it was raised"
             _tell(text, trace=bool(options.get("trace")))
@@ -61,6 +63,31 @@ def _check_here() -> None:
         raise OutputError(
             "The folder that this command is run in was deleted.", fix="cd to one that is there"
         ) from None
+
+
+@contextmanager
+def to_the_end() -> Iterator[None]:
+    """Around all commands: standard output is written, and a second interrupt ends it at once."""
+    # Prints to a closed stream go nowhere, and no other file gets its number.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    try:
+        try:
+            yield
+        except SystemExit as ended:
+            if ended.code == INTERRUPTED:  # Python waits for threads now
+                signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+            raise
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        # What is left in the buffer would fail once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.errno == errno.EPIPE:  # whoever read our output has seen enough
+            raise SystemExit(BROKEN) from None
+        fix = "send it to a place with room"
+        _tell(f"Standard output can't be written: {error.strerror}.\nFix: {fix}")
+        raise SystemExit(BAD_INPUT) from None
 
 
 def _tell(text: str, *, trace: bool = False) -> None:

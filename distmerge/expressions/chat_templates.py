@@ -95,8 +95,8 @@ def _object(content: bytes, name: str, whose: str) -> Mapping[str, Any]:
 
 def _parse(template: str) -> None:
     """Raises RecipeError. What transformers adds to Jinja is known: `{% generation %}` marks
-    answers, and loops have break and continue."""
-    from jinja2 import TemplateSyntaxError, nodes
+    answers, and loops have break and continue. Nothing is computed, constants neither."""
+    from jinja2 import TemplateSyntaxError, nodes, pass_context
     from jinja2.ext import Extension
     from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -110,7 +110,13 @@ def _parse(template: str) -> None:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    known = ImmutableSandboxedEnvironment(extensions=[Generation, "jinja2.ext.loopcontrols"])
+    known = ImmutableSandboxedEnvironment(
+        extensions=[Generation, "jinja2.ext.loopcontrols"],
+        optimized=False,
+        # What asks for the context is left for later, and the constant that it is given too.
+        finalize=pass_context(lambda context, value: value),
+    )
+    known.intercepted_binops = frozenset(known.default_binop_table)  # operators are, as well
     try:
         known.compile(template)
     except TemplateSyntaxError as error:

@@ -18,19 +18,21 @@ def checked(
     """A method's result on a block, flat and in this dtype; or unrounded, where that is allowed.
 
     Raises
-        MethodError: it is no tensor of its inputs' shape, or complex.
+        MethodError: it is no tensor of its inputs' shape, or complex, sparse, or without values.
     """
     if isinstance(outcome, Unrounded):
         return outcome
     if not isinstance(outcome, Tensor):
         got: Any = type(outcome).__name__
+    elif outcome.layout != torch.strided or outcome.is_meta:
+        got = "a tensor without values" if outcome.is_meta else outcome.layout
     else:
         got = outcome.dtype if outcome.is_complex() else tuple(outcome.shape)
     if got != tuple(like.shape):
         raise MethodError(
             f"{step.method.name} returned {got} for {key}.",
             f"its inputs here have shape {tuple(like.shape)}",
-            fix="return one tensor of the inputs' shape",
+            fix="return one dense tensor of the inputs' shape",
         )
     flat: Tensor = outcome.to(dtype).reshape(-1)
     return flat

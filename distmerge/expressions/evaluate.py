@@ -235,7 +235,7 @@ class Evaluation:
                     outcome = dialogue.replay(outcome, index, start)
         except DistmergeError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit() is no way to end a merge
             raise MethodError(
                 f"{step.method.name} failed on {self.program.key}: {type(error).__name__}: {error}",
                 fix=f"try it on one tensor: {step.method.name}.function(...)",

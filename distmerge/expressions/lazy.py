@@ -37,6 +37,7 @@ from distmerge.expressions.nodes import (
     Operator,
     Select,
     TensorLeaf,
+    check_size,
     leaves,
 )
 from distmerge.expressions.request import MergeRequest, request_for
@@ -92,6 +93,7 @@ class LazyStateDict(Arithmetic, Mapping[str, Tensor]):
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         """donor, seed, storage_options: see `distmerge.expressions.settings.Settings`."""
+        check_size(expression.size, "The expression")
         self.expression = expression
         self.settings = Settings(donor, seed, dict(storage_options or {}))
 

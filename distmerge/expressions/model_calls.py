@@ -84,7 +84,7 @@ def _invoke(call: Call, models: list[StateDict]) -> StateDict:
         merged = method.function(**{method.inputs[0]: models}, **passed)
     except DistmergeError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise MethodError(
             f"{method.name} failed: {type(error).__name__}: {error}",
             fix=f"try it on small dicts: {method.name}.__wrapped__([...])",

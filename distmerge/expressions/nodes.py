@@ -11,11 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor
 
 from distmerge.checkpoints.tensors import Checkpoint
+from distmerge.errors import RecipeError
 from distmerge.expressions.layers import Move, comes_before
 from distmerge.methods.method import MergeMethod
 from distmerge.methods.parameters import layer_of
@@ -30,10 +31,21 @@ copy the base's (the first model's where the base isn't among them), or leave it
 OnMissing = Literal["error", "common", "base", "average"]
 """What becomes of a key that not every child of a node has: refuse; leave it out; take the
 base's (leave it out where the base lacks it); average those that have it."""
+LARGEST_EXPRESSION = 50_000
+"""Nodes of an expression, written out in full."""
+
+
+class Node:
+    """What all nodes have in common."""
+
+    @cached_property
+    def size(self) -> int:
+        """How many nodes the formula has in full: a shared one counts once for each use."""
+        return 1 + sum(child.size for child in children(cast("Expression", self)))
 
 
 @dataclass(frozen=True)
-class Leaf:
+class Leaf(Node):
     """A checkpoint. Two leaves are equal if they pin the same bytes under the same name."""
 
     checkpoint: Checkpoint = field(compare=False)
@@ -58,7 +70,7 @@ class Leaf:
 
 
 @dataclass(frozen=True)
-class TensorLeaf:
+class TensorLeaf(Node):
     """A state dict in memory; equal only to itself. It can't travel to other machines."""
 
     tensors: Mapping[str, Tensor] = field(compare=False, repr=False)
@@ -75,7 +87,7 @@ class TensorLeaf:
 
 
 @dataclass(frozen=True)
-class Binary:
+class Binary(Node):
     """`left operator right`; one side at most is a number or a zero-dimensional tensor's value."""
 
     operator: Operator
@@ -88,7 +100,7 @@ class Binary:
 
 
 @dataclass(frozen=True)
-class Apply:
+class Apply(Node):
     """A merge method applied to children."""
 
     method: MergeMethod
@@ -140,7 +152,7 @@ class Apply:
 
 
 @dataclass(frozen=True)
-class Select:
+class Select(Node):
     """Some keys of an expression, the others left out."""
 
     child: Expression
@@ -152,7 +164,7 @@ class Select:
 
 
 @dataclass(frozen=True)
-class Renumber:
+class Renumber(Node):
     """Some layers of an expression under other numbers; what is in no layer keeps its key."""
 
     child: Expression
@@ -163,7 +175,7 @@ class Renumber:
 
 
 @dataclass(frozen=True)
-class Stack:
+class Stack(Node):
     """Layers of several expressions, one above the other.
 
     Each part gives the layers that are its own, numbered as the output numbers them. What comes
@@ -194,7 +206,7 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class Branch:
+class Branch(Node):
     """Each module of the model from an expression of its own."""
 
     parts: tuple[Expression, ...]
@@ -227,6 +239,21 @@ def children(node: Expression) -> Iterator[Expression]:
         yield node.child
     elif isinstance(node, Stack | Branch):
         yield from node.parts
+
+
+def check_size(size: int, what: str) -> None:
+    """Refuse an expression that uses its own parts so often that nobody could write it out:
+    formulas and digests do.
+
+    Raises
+        RecipeError
+    """
+    if size > LARGEST_EXPRESSION:
+        raise RecipeError(
+            f"{what} uses its own parts too often.",
+            f"written out in full it has more than {LARGEST_EXPRESSION:,} nodes",
+            fix="merge a part that is used often first, and name the result as a model",
+        )
 
 
 def leaves(root: Expression) -> list[Leaf | TensorLeaf]:

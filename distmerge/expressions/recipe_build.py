@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from distmerge.checkpoints.location import Location
 from distmerge.checkpoints.store import StorageOptions
@@ -18,6 +19,7 @@ from distmerge.expressions.model_ref import ModelRef
 from distmerge.expressions.nodes import Expression, Leaf, leaves
 from distmerge.expressions.recipe import Recipe
 from distmerge.expressions.recipe_chat import in_one_template
+from distmerge.expressions.recipe_formula import Formula
 from distmerge.expressions.recipe_formula_build import (
     build_formula,
     check_formula,
@@ -25,13 +27,14 @@ from distmerge.expressions.recipe_formula_build import (
 )
 from distmerge.expressions.recipe_opening import name_leaves, pin_models
 from distmerge.expressions.recipe_roles import Roles, assign_roles
-from distmerge.expressions.recipe_slices import build_parts
+from distmerge.expressions.recipe_slices import Models, build_parts
 from distmerge.expressions.recipe_tokenizer import Misspelt, check_names, near_names
 from distmerge.expressions.recipe_vocabulary import InOneVocabulary, in_one_vocabulary
 from distmerge.expressions.request import MergeRequest, warnings_of
 
 _WRITTEN = ("dtype", "out_dtype", "config_from", "tokenizer", "tokenizer_source", "chat_template")
 """Keys that say how a merge is written, not what it is."""
+Parts = tuple[tuple[str | None, tuple[Roles, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Settled:
     """A recipe whose roles are known, before any model is opened."""
 
     recipe: Recipe
-    parts: tuple[tuple[str | None, tuple[Roles, ...]], ...]
+    parts: Parts
     """Each module's sections, by its name; None for the whole model."""
     nested: Mapping[str, Settled]
     """The recipes that it names as models."""
@@ -56,23 +59,25 @@ class Settled:
             for section in part.sections:
                 yield from (source.model for source in section.sources)
 
-    def named(self) -> Iterator[ModelRef]:
-        """Every model that is opened, those of nested recipes too."""
-        yield from self.merged()
+    @cached_property
+    def named(self) -> list[ModelRef]:
+        """Every model that is opened, once, those of nested recipes too."""
         found = list(self.models())  # a base that a method takes apart is listed too, perhaps
         found += [self.recipe.config_from] if self.recipe.config_from else []
         found += map(self.meant, self.recipe.vocabulary.models()) if self.recipe.vocabulary else []
-        yield from (ref for ref in found if ref.path not in self.nested)
-        for inner in self.nested.values():
-            yield from inner.named()
+        own = [ref for ref in found if ref.path not in self.nested]
+        inner = [ref for nested in self.nested.values() for ref in nested.named]
+        return list(dict.fromkeys([*self.merged, *own, *inner]))
 
-    def merged(self) -> Iterator[ModelRef]:
-        """The models whose weights are read, the donor first."""
+    @cached_property
+    def merged(self) -> list[ModelRef]:
+        """The models whose weights are read, each once, the donor first."""
         found = [self.donor, *(ref for _, part in self.parts for r in part for ref in r.named())]
         found += self.recipe.in_formula()
-        for ref in found:
-            inner = self.nested.get(ref.path)
-            yield from [ref] if inner is None else inner.merged()
+        every = [
+            self.nested[ref.path].merged if ref.path in self.nested else [ref] for ref in found
+        ]
+        return list(dict.fromkeys(ref for refs in every for ref in refs))
 
     def meant(self, ref: ModelRef) -> ModelRef:
         """The model of a name: a formula's name may be short for one."""
@@ -81,21 +86,24 @@ class Settled:
     def near_names(self) -> dict[Location, Misspelt]:
         """Tokenizers' models with nearly the name of another."""
         section = self.recipe.vocabulary
-        merged = {ref.path for ref in self.merged()} if section else set()
+        merged = {ref.path for ref in self.merged} if section else set()
         return near_names(section, self.recipe.document, merged) if section else {}
 
-    def every_nested(self) -> Iterator[tuple[str, Settled]]:
-        """The recipes that it needs, those that others need first."""
+    @cached_property
+    def every_nested(self) -> dict[str, Settled]:
+        """The recipes that it needs, by name, those that others need first."""
+        found: dict[str, Settled] = {}
         for name, inner in self.nested.items():
-            yield from inner.every_nested()
-            yield name, inner
+            found |= {**inner.every_nested, name: inner}
+        return found
 
+    @cached_property
     def warnings(self) -> list[str]:
         """Each once."""
         found = list(self.recipe.warnings)
         found += [text for _, part in self.parts for roles in part for text in roles.warnings]
         for name, inner in self.nested.items():
-            found += inner.warnings()
+            found += inner.warnings
             found += _only_for_files(name, inner.recipe)
         return list(dict.fromkeys(map(shown, found)))
 
@@ -112,7 +120,7 @@ def _only_for_files(name: str, nested: Recipe) -> list[str]:
 def build_request(recipe: Recipe, storage_options: StorageOptions) -> MergeRequest:
     """See `Recipe.request`."""
     settled = settle(recipe)
-    pinned = pin_models(settled.named(), storage_options, settled.near_names())
+    pinned = pin_models(settled.named, storage_options, settled.near_names())
     return request_of(settled, pinned, storage_options)
 
 
@@ -121,10 +129,10 @@ def request_of(
 ) -> MergeRequest:
     """The request of a recipe whose models, and perhaps others, are open. Raises
     ParameterError."""
-    opened = name_leaves(settled.named(), pinned)
+    opened = name_leaves(settled.named, pinned)
     inner = {
         name: replace(_request(nested, opened, storage_options), warnings=())
-        for name, nested in settled.every_nested()
+        for name, nested in settled.every_nested.items()
     }
     request = _request(settled, opened, storage_options)
     return replace(request, intermediates=tuple(inner.items()))
@@ -138,7 +146,7 @@ def _request(
     opened = asked.opened if asked else opened
     donor = _leaf(settled, settled.donor, opened)
     if recipe.formula is not None:
-        built = _evaluated(settled, opened, donor).request()
+        built = _evaluated(recipe, recipe.formula, _models(settled, opened, donor)).request()
         root, donor = built.root, built.donor or donor
     else:
         root = _expression(settled, opened, donor)
@@ -154,7 +162,7 @@ def _request(
             recipe.chat_template,
             recipe.document.where(("chat_template",)),
             tokenizer,
-            merged=[opened[at] for at in dict.fromkeys(ref.location for ref in settled.merged())],
+            merged=[opened[at] for at in dict.fromkeys(ref.location for ref in settled.merged)],
             donor=config_from or donor,
             options=storage_options,
         )
@@ -170,7 +178,7 @@ def _request(
         on_shape_mismatch=recipe.on_shape_mismatch,
         tokenizer=tokenizer,
         recipe_text=recipe.text,
-        warnings=(*settled.warnings(), *told, *warnings_of(root)),
+        warnings=(*settled.warnings, *told, *warnings_of(root)),
         without_effect=idle,
         storage_options=storage_options,
     )
@@ -185,20 +193,26 @@ def _in_one_vocabulary(
         section,
         lambda ref: opened[settled.meant(ref).location],
         opened,
-        merged=list(dict.fromkeys(ref.location for ref in settled.merged())),
+        merged=list(dict.fromkeys(ref.location for ref in settled.merged)),
         config_from=config_from.location if config_from else None,
         options=storage_options,
     )
 
 
-def settle(recipe: Recipe) -> Settled:
-    """Settle the roles of a recipe and of those nested in it. Raises what `assign_roles` does."""
+def settle(recipe: Recipe, known: dict[str, Settled] | None = None) -> Settled:
+    """Settle the roles of a recipe and of those nested in it. Raises what `assign_roles` does.
+
+    known: nested ones that are settled, by name; what is shared is settled once.
+    """
+    known = {} if known is None else known
     parts = tuple(
         (part.name, tuple(assign_roles(recipe, section) for section in part.sections))
         for part in recipe.parts()
     )
-    nested = {name: settle(inner) for name, inner in recipe.nested.items()}
-    settled = Settled(recipe, parts, nested)
+    for name, inner in recipe.nested.items():
+        if name not in known:
+            known[name] = settle(inner, known)
+    settled = Settled(recipe, parts, {name: known[name] for name in recipe.nested})
     _check_names(settled)
     return settled
 
@@ -211,31 +225,37 @@ def _leaf(settled: Settled, ref: ModelRef, opened: Mapping[Location, Leaf]) -> L
 
 def _expression(settled: Settled, opened: Mapping[Location, Leaf], reference: Leaf) -> Expression:
     """reference: the model whose spelling of keys is the output's."""
-    if settled.recipe.formula is not None:
-        return _evaluated(settled, opened, reference).expression
-    nested = {name: _expression(s, opened, reference) for name, s in settled.nested.items()}
+    return _built(settled.recipe, settled.parts, _models(settled, opened, reference), reference)
+
+
+def _models(settled: Settled, opened: Mapping[Location, Leaf], reference: Leaf) -> Models:
+    """What names in a recipe stand for; a document is one node for all that use it."""
+    nested: dict[str, Expression] = {}
 
     def model(ref: ModelRef) -> Expression:
         return nested[ref.path] if ref.path in nested else opened[ref.location]
 
-    return build_parts(settled.recipe, settled.parts, model, reference)
+    for name, inner in settled.every_nested.items():
+        nested[name] = _built(inner.recipe, inner.parts, model, reference)
+    return model
 
 
-def _evaluated(settled: Settled, opened: Mapping[Location, Leaf], reference: Leaf) -> LazyStateDict:
+def _built(recipe: Recipe, parts: Parts, model: Models, reference: Leaf) -> Expression:
+    if recipe.formula is not None:
+        return _evaluated(recipe, recipe.formula, model).expression
+    return build_parts(recipe, parts, model, reference)
+
+
+def _evaluated(recipe: Recipe, formula: Formula, model: Models) -> LazyStateDict:
     """What the formula of a recipe builds."""
-    recipe, formula = settled.recipe, settled.recipe.formula
-    assert formula is not None
-    made: dict[str, LazyStateDict] = {}
-    for name, ref in zip(formula.models(), recipe.in_formula(), strict=True):
-        inner = settled.nested.get(ref.path)
-        node = _expression(inner, opened, reference) if inner else opened[ref.location]
-        made[name] = LazyStateDict(node)
+    refs = zip(formula.models(), recipe.in_formula(), strict=True)
+    made = {name: LazyStateDict(model(ref)) for name, ref in refs}
     return build_formula(formula, made.__getitem__, recipe.on_missing)
 
 
 def _check_names(settled: Settled) -> None:
     if (section := settled.recipe.vocabulary) is not None:
-        remote = {ref.path: ref.location.bare for ref in settled.merged()}
+        remote = {ref.path: ref.location.bare for ref in settled.merged}
         remote.update(dict.fromkeys(settled.recipe.names, False))
         check_names(section, settled.recipe.document, remote)
     formula = settled.recipe.formula

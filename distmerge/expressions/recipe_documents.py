@@ -10,11 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from distmerge.errors import RecipeError
+from distmerge.expressions.nodes import check_size
 from distmerge.expressions.yaml_lines import KeyPath
 
 if TYPE_CHECKING:
     from distmerge.expressions.model_ref import ModelRef
     from distmerge.expressions.recipe import Recipe
+
+DEEPEST_DOCUMENTS = 100
+"""Documents that need one another."""
 
 
 def arranged(recipes: Sequence[Recipe]) -> tuple[Recipe, Mapping[str, Recipe]]:
@@ -37,7 +41,7 @@ def arranged(recipes: Sequence[Recipe]) -> tuple[Recipe, Mapping[str, Recipe]]:
         recipe.may_name(named)
         _check_references(recipe, named)
     final = _final(recipes)
-    _check_order(final, [])
+    _check_order(final, [], {})
     return final, named
 
 
@@ -52,7 +56,13 @@ def unused(final: Recipe, named: Mapping[str, Recipe]) -> list[str]:
 
 
 def _used(recipe: Recipe) -> set[str]:
-    return set(recipe.nested) | {name for r in recipe.nested.values() for name in _used(r)}
+    found: dict[str, Recipe] = {}
+    pending = [recipe]
+    while pending:
+        new = {n: r for n, r in pending.pop().nested.items() if n not in found}
+        found |= new
+        pending += new.values()
+    return set(found)
 
 
 def _final(recipes: Sequence[Recipe]) -> Recipe:
@@ -105,7 +115,17 @@ def _said_of_files(ref: ModelRef) -> str:
     return "adapter" if ref.lora else "revision" if ref.revision else "rename"
 
 
-def _check_order(recipe: Recipe, above: Sequence[str]) -> None:
+def _check_order(recipe: Recipe, above: Sequence[str], sizes: dict[str, int]) -> int:
+    """How large the merge is with all that it needs.
+
+    sizes: of the documents that have been looked at, by name.
+    """
+    if len(above) > DEEPEST_DOCUMENTS:
+        raise RecipeError(
+            "The documents of a recipe are nested too deeply.",
+            f"{DEEPEST_DOCUMENTS} within one another are the most",
+            fix="merge one of them first, and name the result as a model",
+        )
     for name, inner in recipe.nested.items():
         if name in above:
             raise RecipeError(
@@ -113,4 +133,17 @@ def _check_order(recipe: Recipe, above: Sequence[str]) -> None:
                 " -> ".join([*above, name]),
                 fix="name another model there",
             )
-        _check_order(inner, [*above, name])
+        if name not in sizes:
+            sizes[name] = _check_order(inner, [*above, name], sizes)
+    size = 1 + sum(sizes.get(path, 1) for path in _uses(recipe))
+    check_size(size, f"{recipe.document.origin}: the merge")
+    return size
+
+
+def _uses(recipe: Recipe) -> Iterator[str]:
+    """The names of models, as often as they are used."""
+    if recipe.formula is not None:
+        meant = dict(zip(recipe.formula.models(), recipe.in_formula(), strict=True))
+        yield from (meant[name].path for name in recipe.formula.uses())
+    else:
+        yield from (ref.path for _, ref in references(recipe))

@@ -45,7 +45,11 @@ class Formula:
 
     def models(self) -> list[str]:
         """The names of models, in the order in which they are met, a call's base first."""
-        return list(dict.fromkeys(node.id for node in _models(self.tree)))
+        return list(dict.fromkeys(self.uses()))
+
+    def uses(self) -> list[str]:
+        """The same, each name as often as it is there."""
+        return [node.id for node in _models(self.tree)]
 
     def where(self, node: ast.expr) -> str:
         """`recipe.yml, line 3, column 8 of merge`."""

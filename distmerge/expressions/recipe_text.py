@@ -86,7 +86,7 @@ def read_documents(
             for n, one in enumerate(source, 1)
         ]
     if source == "-":
-        return parse_documents(sys.stdin.read(LARGEST_RECIPE + 1), "standard input")
+        return parse_documents(_standard_input(), "standard input")
     assert isinstance(source, str | os.PathLike)
     if isinstance(source, str) and _is_text(source):
         return parse_documents(source, "the recipe")
@@ -252,11 +252,27 @@ def _file_text(name: str) -> str:
         where = f"looked in {Path.cwd()}"
         raise RecipeError(f"There is no recipe {shown!r}.", where, fix=fix) from None
     except UnicodeDecodeError as error:
-        raise RecipeError(
-            f"{shown} is not text.", f"byte {error.start} is not UTF-8", fix="give a YAML file"
-        ) from None
+        raise _not_text(shown, error) from None
     except (OSError, ValueError) as error:
         raise RecipeError(f"{shown!r} can't be read.", str(error), fix=fix) from None
+
+
+def _standard_input() -> str:
+    try:
+        if sys.stdin is None:  # Python's word for a closed one
+            raise OSError("it is closed")
+        return sys.stdin.read(LARGEST_RECIPE + 1)
+    except UnicodeDecodeError as error:
+        raise _not_text("standard input", error) from None
+    except (OSError, ValueError) as error:
+        fix = "name a YAML file, or write '< merge.yml' behind the command"
+        raise RecipeError("standard input can't be read.", str(error), fix=fix) from None
+
+
+def _not_text(shown: str, error: UnicodeDecodeError) -> RecipeError:
+    return RecipeError(
+        f"{shown} is not text.", f"byte {error.start} is not UTF-8", fix="give a YAML file"
+    )
 
 
 def _plain(value: Any, path: KeyPath) -> Any:

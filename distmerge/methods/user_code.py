@@ -81,10 +81,14 @@ def _module_from_file(place: str) -> ModuleType:
 
 
 def _module_by_name(place: str) -> ModuleType:
+    if not all(place.split(".")):
+        raise UnknownMethod(
+            f"{place!r} is no module.", fix="package.module:function, or path/to/file.py:function"
+        )
     try:
         return importlib.import_module(place)
-    except ImportError as error:
+    except (Exception, SystemExit) as error:
         raise UnknownMethod(
-            f"Module {place!r} can't be imported: {error}",
+            f"Module {place!r} can't be imported: {type(error).__name__}: {error}",
             fix="install it, or give a path ending in .py",
         ) from error

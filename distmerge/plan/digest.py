@@ -30,6 +30,8 @@ from distmerge.methods.fusion import fused_loops
 
 FORMAT_VERSION = 3
 """Changes when the same plan would give other bytes."""
+LONGEST_SPELLING = 1 << 20
+"""Characters of an operand; a longer one's hash stands for it."""
 
 
 def kernel_class(device: str) -> str:
@@ -80,7 +82,7 @@ def canonical(node: Any) -> str:
     if isinstance(node, Binary):
         return f"({canonical(node.left)}{node.operator}{canonical(node.right)} {node.on_missing})"
     if isinstance(node, Apply):
-        inputs = [f"{name}=[{','.join(map(canonical, xs))}]" for name, xs in node.inputs]
+        inputs = [f"{name}=[{','.join(map(_operand, xs))}]" for name, xs in node.inputs]
         base = canonical(node.base) if node.base is not None else "-"
         options = (node.base_index, node.on_missing, sorted(node.passthrough), node.base_listed)
         method = f"{node.method.name}@{node.method.source_hash}"
@@ -95,6 +97,14 @@ def canonical(node: Any) -> str:
     if isinstance(node, Branch):
         return f"modules({','.join(map(canonical, node.parts))} {node.prefixes})"
     return repr(node)
+
+
+def _operand(node: Any) -> str:
+    """A method's operand; each method around it doubles the backslashes of its spelling."""
+    text = canonical(node)
+    if len(text) <= LONGEST_SPELLING:
+        return text
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _content(leaf: TensorLeaf) -> str:

@@ -193,8 +193,6 @@ def plan_request(request: MergeRequest, settings: MergeOptions, *, sending: int 
     """
     if settings.engine not in ("local", "ray"):
         raise RecipeError(f"There is no engine {settings.engine!r}.", fix="--engine local, or ray")
-    if settings.workers is not None and settings.workers < 1:
-        raise RecipeError(f"A merge needs a worker, not {settings.workers}.", fix="--workers 1")
     if settings.engine == "ray" and any(isinstance(x, TensorLeaf) for x in leaves(request.root)):
         raise RecipeError(
             "A state dict in memory can't be merged on a cluster.",

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from distmerge.checkpoints.store import StorageOptions
+from distmerge.errors import RecipeError
 from distmerge.expressions.compute_pool import usable_cores
 
 EngineName = Literal["local", "ray"]
 DEFAULT_MEMORY = "2GiB"
+MOST_WORKERS = 100_000
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,20 @@ class MergeOptions:
     overrides: Sequence[str] = ()
     """`path.to.key=value` for recipes."""
     strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise RecipeError(f"A merge needs a worker, not {self.workers}.", fix="--workers 1")
+        if self.workers is not None and self.workers > MOST_WORKERS:
+            raise RecipeError(
+                f"A merge has no use for {self.workers} workers.",
+                f"{MOST_WORKERS:,} are the most",
+                fix="leave --workers out: as many as there are cores",
+            )
+        if self.seed is not None and not 0 <= self.seed < 1 << 64:
+            raise RecipeError(
+                f"A seed is a number from 0 to 2^64 - 1, not {self.seed}.", fix="--seed 0"
+            )
 
     @property
     def replaces(self) -> bool:

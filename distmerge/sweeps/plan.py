@@ -166,7 +166,7 @@ def plan_sweep(
     options = sweep.candidates[0].recipe.storage_options if given is None else given
     settled = [_named(candidate) for candidate in sweep.candidates]
     pinned = {} if pinned is None else pinned
-    named = [ref for one in settled for ref in one.named() if ref.location not in pinned]
+    named = [ref for one in settled for ref in one.named if ref.location not in pinned]
     near = {at: name for one in settled for at, name in one.near_names().items()}
     place = place or place_for(scratch, out)
     for location, checkpoint in pin_models(named, options, near).items():

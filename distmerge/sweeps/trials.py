@@ -71,7 +71,8 @@ class Trials:
                 raise _no_storage(error) from None
             raise
         # A run that goes on must not draw what the run before drew.
-        options = {"seed": seed + len(self._study.get_trials(deepcopy=False))}
+        drawn = len(self._study.get_trials(deepcopy=False))
+        options = {"seed": (seed + drawn) % (1 << 32)}  # numpy takes no larger ones
         quiet = {"warn_independent_sampling": False} if sampler == "cmaes" else {}
         self._study.sampler = sampling(**options, **quiet)
         self._again()

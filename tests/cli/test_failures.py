@@ -182,9 +182,12 @@ def test_our_errors_show_a_trace_only_when_asked(here):
     assert result.stderr.splitlines()[-1].startswith("Fix: ")
 
 
-def test_an_interrupt_is_one_line(here):
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_interrupt_is_one_line(here, times):
+    thread = "threading.Thread(target=time.sleep, args=(100,)).start()" if times == 2 else ""
     Path("slow.py").write_text(
-        "import pathlib, time\npathlib.Path('started').touch()\ntime.sleep(100)\n"
+        f"import pathlib, threading, time\n{thread}\n"
+        "pathlib.Path('started').touch()\ntime.sleep(100)\n"
     )
     process = start("plan", recipe(merge_method="slow.py:merge"))
     deadline = time.monotonic() + 60
@@ -193,9 +196,15 @@ def test_an_interrupt_is_one_line(here):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
+    told = process.stderr.readline()
+    if times == 2:
+        time.sleep(0.2)  # it waits for the thread by now
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert (out, err) == ("", "Interrupted. The same command goes on from what is finished.\n")
+    assert told == "Interrupted. The same command goes on from what is finished.\n"
+    assert (out, err) == ("", "")
 
 
 def test_a_closed_pipe_is_no_error(here):
@@ -213,3 +222,17 @@ def test_a_long_name_is_cut_in_a_warning_and_in_an_error(here):
     for result in (warned, failed):
         assert "nnn" in result.stderr
         assert max(map(len, result.stderr.splitlines())) < 1100
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [("inspect a > /dev/full", 2), ("--version > /dev/full", 2), ("inspect a >&-", 0)],
+)
+def test_output_that_goes_nowhere(here, command, code):
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    run = ["bash", "-c", f"{sys.executable} -m distmerge {command}"]
+    result = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=60)
+    told = "Standard output can't be written: No space left on device."
+    assert result.returncode == code
+    assert result.stderr.splitlines()[:1] == ([told] if code else [])
+    assert "Traceback" not in result.stderr

@@ -635,6 +635,13 @@ def test_model_merge_refuses_nonsense(dicts, tmp_path):
         based(dicts, base_index=None)
     with pytest.raises(MethodError, match="on purpose"):
         based(dicts)
+
+    @model_merge
+    def leaving(models):
+        raise SystemExit(0)
+
+    with pytest.raises(MethodError, match="leaving failed: SystemExit: 0"):
+        leaving(dicts)
     file = tmp_path / "mine.py"
     file.write_text("import distmerge\n@distmerge.model_merge\ndef whole(models): ...\n")
     with pytest.raises(UnknownMethod, match="whole"):

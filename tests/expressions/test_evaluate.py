@@ -207,6 +207,8 @@ def test_what_is_yielded_has_to_be_a_question(said):
         (lambda x: x.numpy(), "ndarray"),
         (lambda x: 1.0, "float"),
         (lambda x: torch.fft.fft(x), "complex64"),
+        (lambda x: x.to_sparse(), "sparse_coo"),
+        (lambda x: x.to("meta"), "a tensor without values"),
     ],
 )
 def test_results_that_do_not_fit_are_an_error(wrong, shown):
@@ -220,14 +222,15 @@ def test_results_that_do_not_fit_are_an_error(wrong, shown):
 
 
 @pytest.mark.parametrize("blocks", [False, "rows", "elements"])
-def test_an_exception_names_method_and_key(blocks):
+@pytest.mark.parametrize("error", [IndexError, SystemExit])
+def test_an_exception_names_method_and_key(blocks, error):
     @layer_merge(blocks=blocks)
     def broken(models):
-        return models[0][10_000_000]
+        raise error("no")
 
-    with pytest.raises(MethodError, match=r"broken failed on w: IndexError: ") as caught:
+    with pytest.raises(MethodError, match=rf"broken failed on w: {error.__name__}: no") as caught:
         merge(broken, [random(*LARGE)])
-    assert isinstance(caught.value.__cause__, IndexError)
+    assert isinstance(caught.value.__cause__, error)
 
 
 def test_an_exception_after_a_question_names_method_and_key():

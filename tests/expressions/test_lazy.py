@@ -23,7 +23,7 @@ from distmerge.errors import (
     ShapeMismatch,
 )
 from distmerge.expressions.lazy import LazyStateDict, as_lazy, open_lazy
-from distmerge.expressions.nodes import Binary, Leaf, TensorLeaf, leaves
+from distmerge.expressions.nodes import LARGEST_EXPRESSION, Binary, Leaf, TensorLeaf, leaves
 from distmerge.expressions.settings import Settings, join_settings
 from distmerge.expressions.state_dict import StateDict
 
@@ -378,3 +378,11 @@ def test_as_lazy_takes_models_of_every_kind(opened):
     assert as_lazy("base") is None
     assert as_lazy(3) is None
     assert isinstance((as_lazy({"a": torch.ones(1)}) + 1).expression, Binary)
+
+
+def test_an_expression_that_doubles_itself_over_and_over_is_refused():
+    doubled = as_lazy({"w": torch.ones(2)})
+    while 2 * doubled.expression.size < LARGEST_EXPRESSION:
+        doubled = doubled + doubled
+    with pytest.raises(RecipeError, match="uses its own parts too often"):
+        doubled + doubled

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from distmerge.errors import RecipeError
+from distmerge.expressions.nodes import walk
 from distmerge.expressions.recipe import load_recipe
 from distmerge.run.merge import plan
 
@@ -183,3 +184,45 @@ def test_slices_of_a_model_with_two_families_need_modules(here):
     with pytest.raises(RecipeError, match="which layers do slices of a mean") as raised:
         plan({"merge_method": "passthrough", "slices": sources})
     assert "modules" in raised.value.fix
+
+
+def chained(count: int) -> list[dict]:
+    """Each uses the two before it."""
+    names = ["a", "b", *(f"d{i}" for i in range(count - 1)), None]
+    return [document(names[i + 2], names[i], names[i + 1]) for i in range(count)]
+
+
+def test_a_document_is_one_node_for_all_that_use_it(here):
+    request = load_recipe(chained(12)).request()
+    assert len(list(walk(request.root))) == 12 + 2
+    assert request.root.size == 753
+    (program, *_) = (task.program for unit in plan(request).units for task in unit.tasks)
+    assert len(program.steps) == 12 + 2
+
+
+@pytest.mark.parametrize(
+    ("documents", "headline"),
+    [
+        (chained(40), "the merge uses its own parts too often."),
+        (
+            [
+                {"name": "d0", "models": {"x": "a"}, "merge": "x + x"},
+                *({"name": f"d{i}", "merge": f"d{i - 1} + d{i - 1}"} for i in range(1, 40)),
+            ],
+            "the merge uses its own parts too often.",
+        ),
+        (
+            [document("d0", "a"), *(document(f"d{i}", f"d{i - 1}") for i in range(1, 400))],
+            "The documents of a recipe are nested too deeply.",
+        ),
+    ],
+)
+def test_documents_that_nobody_could_write_out_are_refused(documents, headline):
+    with pytest.raises(RecipeError, match=headline) as refused:
+        load_recipe(documents)
+    assert refused.value.fix
+
+
+def test_a_deep_chain_is_planned_in_time_that_grows_with_its_length(here):
+    deep = [document("d0", "a"), *(document(f"d{i}", f"d{i - 1}", "b") for i in range(1, 40))]
+    assert len(plan(load_recipe(deep).request()).digest) == 32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -166,3 +167,17 @@ def test_what_was_set_is_there(path, value):
         place = place[key]
     assert place == value
     assert changed.where(tuple(path)) == f"--set {'.'.join(path)}"
+
+
+@pytest.mark.parametrize(
+    ("stream", "headline"),
+    [
+        (io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), "utf-8"), "standard input is not text."),
+        (None, "standard input can't be read."),
+    ],
+)
+def test_standard_input_that_is_no_text(monkeypatch, stream, headline):
+    monkeypatch.setattr(sys, "stdin", stream)
+    with pytest.raises(RecipeError, match=headline) as refused:
+        read_documents("-")
+    assert refused.value.fix

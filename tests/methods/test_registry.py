@@ -332,6 +332,12 @@ def test_a_function_in_a_module(source, monkeypatch):
     assert find_method("my_methods:plain").name == "plain"
     with pytest.raises(UnknownMethod, match="'no_such_module' can't be imported"):
         find_method("no_such_module:f")
+    for name in (":f", ".my_methods:plain"):
+        with pytest.raises(UnknownMethod, match="is no module"):
+            find_method(name)
+    (source.parent / "leaving.py").write_text("raise SystemExit(0)")
+    with pytest.raises(UnknownMethod, match="SystemExit: 0"):
+        find_method("leaving:f")
 
 
 def test_a_method_of_an_installed_package(source, tmp_path, monkeypatch):

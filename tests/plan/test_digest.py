@@ -14,7 +14,7 @@ from distmerge.errors import RecipeError
 from distmerge.expressions.nodes import Binary, Leaf, Select
 from distmerge.methods.declare import layer_merge
 from distmerge.methods.parameters import Filtered, Gradient
-from distmerge.plan.digest import canonical, digest_of, kernel_class
+from distmerge.plan.digest import LONGEST_SPELLING, canonical, digest_of, kernel_class
 
 
 def checkpoint(tag, place="/models/a", name="model"):
@@ -134,3 +134,11 @@ def test_the_kernel_class_names_what_bits_depend_on():
     assert torch.backends.cpu.get_cpu_capability() in name
     assert ".".join(torch.__version__.split(".")[:2]) in name
     assert name.split()[-1] in ("fused", "plain")
+
+
+def test_the_spelling_of_methods_within_methods_stays_short():
+    nested = {0: A}
+    for depth in range(1, 60):
+        nested[depth] = apply("linear", [nested[depth - 1], B], parameters={"weight": [1.0, 1.0]})
+    assert len(canonical(nested[59])) < 4 * LONGEST_SPELLING
+    assert canonical(nested[59]) != canonical(nested[58])

@@ -235,6 +235,9 @@ def test_models_without_a_common_key_have_no_merge(tmp_path):
     [
         ({"engine": "spark"}, "no engine 'spark'"),
         ({"workers": 0}, "needs a worker"),
+        ({"workers": 10**400}, "no use for 1000"),
+        ({"seed": -1}, "A seed is a number"),
+        ({"seed": 1 << 64}, "A seed is a number"),
         ({"allowed_mem": "lots"}, "'lots' is not a size"),
         ({"max_shard_size": -1}, "too small"),
         ({"out_dtype": "float7"}, "float7"),

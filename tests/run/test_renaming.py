@@ -16,6 +16,7 @@ from run.family import same_tensors, save_model, tensors_at, weight_bytes
 from safetensors.torch import load_file, save_file
 
 import distmerge
+from distmerge.checkpoints import renaming
 from distmerge.errors import DistmergeError, KeyMismatch, ParameterError, RecipeError
 from distmerge.plan.explain import to_json
 from distmerge.run.merge import plan
@@ -224,6 +225,13 @@ def test_rules_that_make_no_sense_are_one_sentence_early(here, rules, headline):
         assert isinstance(raised.value, KeyMismatch | ParameterError | RecipeError)
         assert headline in raised.value.headline
         assert raised.value.fix
+
+
+def test_a_regular_expression_that_takes_ages_is_refused(here, monkeypatch):
+    monkeypatch.setattr(renaming, "LONGEST_SEARCH", 0.05)
+    with pytest.raises(ParameterError, match="takes too long on") as raised:
+        distmerge.open("other", rename=[{"regex": r"^(.|..)+\s$", "to": ""}])
+    assert raised.value.fix
 
 
 def test_the_command_says_where_a_wrong_rule_stands(here, tmp_path):

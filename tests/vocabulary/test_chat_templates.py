@@ -13,7 +13,7 @@ from vocabulary.models import TEXTS, save, tokenizer
 
 import distmerge
 from distmerge.errors import RecipeError
-from distmerge.expressions.chat_templates import FORMATS
+from distmerge.expressions.chat_templates import FORMATS, check_template
 from distmerge.expressions.recipe import load_recipe
 from distmerge.run.merge import plan
 
@@ -156,6 +156,18 @@ def test_what_transformers_adds_to_jinja_is_jinja():
             "chat_template": template + "{% endfor %}",
         }
     ).chat_template
+
+
+@pytest.mark.parametrize(
+    "huge",
+    [
+        "{{ 'x' * 10**11 }}",
+        "{% set y = 'x' | center(10**11) %}",
+        "{% autoescape 'x' * 10**11 %}{% endautoescape %}",
+    ],
+)
+def test_reading_a_template_computes_nothing(huge):
+    assert check_template(huge) == huge  # of 100 GB, else
 
 
 @pytest.mark.parametrize(
