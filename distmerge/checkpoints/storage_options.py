@@ -37,6 +37,11 @@ def check_storage_options(options: StorageOptions) -> None:
     Raises
         RecipeError: its text shows no option's name or value, which may be secret.
     """
+    if not isinstance(options, Mapping):
+        raise RecipeError(
+            f"storage_options are a mapping, not a {type(options).__name__}.",
+            fix="storage_options: {'s3://bucket/': {endpoint_url: ...}}, or options alone",
+        )
     if not by_prefix(options):
         return
     if not all("://" in name and isinstance(kept, Mapping) for name, kept in options.items()):
