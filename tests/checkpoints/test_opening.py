@@ -237,7 +237,7 @@ def test_a_hub_that_cannot_be_reached_is_told_with_what_is_not_here(monkeypatch)
     monkeypatch.setattr("distmerge.checkpoints.hub_store.HubStore.files", unreachable)
     with pytest.raises(ReadFailed, match=r"there is no 'lawx' in /.*, so the Hub was asked"):
         open_checkpoint("lawx")
-    with pytest.raises(ReadFailed, match="Fix: for a folder: check its path; .* Hub: try again"):
+    with pytest.raises(ReadFailed, match=r"Fix: for a folder: check its path; .* Hub: try again"):
         open_checkpoint("lawx")
     with pytest.raises(ReadFailed) as raised:
         open_checkpoint("hf://org/lawx")
