@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from distmerge.errors import OutputError, ParameterError
 from distmerge.expressions.arithmetic import is_pipeline
 from distmerge.huggingface import load_pipeline
+from distmerge.write.output import output_name
 
 if TYPE_CHECKING:
     from transformers import Pipeline
@@ -102,12 +103,13 @@ def save_importance(fisher: Mapping[str, Tensor], url: str | os.PathLike[str]) -
     """
     from safetensors.torch import save_file
 
-    if not isinstance(fisher, Mapping):
+    if not isinstance(fisher, Mapping) or not all(isinstance(t, Tensor) for t in fisher.values()):
+        holds = "" if not isinstance(fisher, Mapping) else " of other things than tensors"
         raise ParameterError(
-            f"A {type(fisher).__name__} is no importances.",
+            f"A {type(fisher).__name__}{holds} is no importances.",
             fix="save_importance(estimate_fisher(model, texts), place)",
         )
-    place = os.fspath(url).removeprefix("file://")
+    place = output_name(url).removeprefix("file://")
     if "://" in place:
         raise OutputError(
             "An importance checkpoint is written to a local directory.",

@@ -20,6 +20,7 @@ from distmerge.checkpoints.retry import (
     RetryPolicy,
     ShortRead,
     http_status,
+    is_unreachable,
     retrying,
 )
 from distmerge.checkpoints.s3_objects import S3Objects, unquoted
@@ -255,6 +256,8 @@ def explain_fsspec(
             f"the server says: {quoted(error, secrets)}",
             fix=_CREDENTIALS if url.startswith("s3") else "check the storage options",
         )
+    if is_unreachable(error):  # which fsspec, over HTTP, calls a file that isn't there
+        return None
     if isinstance(error, FileNotFoundError) or status == 404:
         return CheckpointNotFound(f"Nothing is at {url}.", fix="check the URL")
     return None
@@ -265,6 +268,8 @@ def _explain_read(
 ) -> DistmergeError | None:
     if http_status(error) == 412:
         return _changed(root, file)
+    if is_unreachable(error):
+        return None
     if isinstance(error, FileNotFoundError) or http_status(error) in (404, 416):
         return SourceChanged(
             f"{root}/{file.path} is gone or shorter than when the model was opened."

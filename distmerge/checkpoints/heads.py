@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distmerge.checkpoints import safetensors_header, torch_legacy, torch_zip
-from distmerge.checkpoints.layout import gguf, listed
+from distmerge.checkpoints.layout import WHOLE, gguf, listed
 from distmerge.checkpoints.store import Store
 from distmerge.checkpoints.tensors import FileInfo, TensorInfo
 from distmerge.errors import MalformedCheckpoint
@@ -69,7 +69,7 @@ def read_head(store: Store, file: FileInfo) -> Head:
 def read_json(store: Store, file: FileInfo) -> dict[str, Any]:
     """A small JSON file. Raises MalformedCheckpoint if it isn't an object."""
     if file.size > LARGEST_CONFIG:
-        raise MalformedCheckpoint(f"{file.path} is too large: {file.size:,} bytes.")
+        raise MalformedCheckpoint(f"{file.path} is too large: {file.size:,} bytes.", fix=WHOLE)
     return parse_json(read_bytes(store, file, 0, file.size), file.path)
 
 
@@ -80,11 +80,14 @@ def parse_json(content: bytes, file: str) -> dict[str, Any]:
         # Python lets half a surrogate pair through, which nothing could write again.
         json.dumps(found, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise MalformedCheckpoint(f"{file} is not valid Unicode.", str(error)[:200]) from error
+        raise MalformedCheckpoint(
+            f"{file} is not valid Unicode.", str(error)[:200], fix=WHOLE
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise MalformedCheckpoint(f"{file} is not JSON.", str(error)[:200]) from error
+        raise MalformedCheckpoint(f"{file} is not JSON.", str(error)[:200], fix=WHOLE) from error
     if not isinstance(found, dict):
-        raise MalformedCheckpoint(f"{file} is not a JSON object.")
+        holds = f"it holds a {type(found).__name__}"
+        raise MalformedCheckpoint(f"{file} is not a JSON object.", holds, fix=WHOLE)
     return found
 
 

@@ -95,7 +95,13 @@ def parse_index(data: bytes, index: str, files: Mapping[str, FileInfo]) -> dict[
             f"The weight_map of {index} is not an object with entries.", fix=WHOLE
         )
     for key, path in weight_map.items():
-        if not isinstance(path, str) or not is_safe_path(path):
+        if not isinstance(path, str):
+            raise MalformedCheckpoint(
+                f"{index} doesn't name a file for every tensor.",
+                f"under {key[:200]!r} it has {path!r:.200}",
+                fix=WHOLE,
+            )
+        if not is_safe_path(path):
             raise MalformedCheckpoint(
                 f"{index} points outside the checkpoint.",
                 f"{key[:200]!r} is in {path!r:.200}",

@@ -55,6 +55,11 @@ def locate(name: str | os.PathLike[str], *, revision: str | None = None) -> Loca
         CheckpointNotFound: it reads like a path, and nothing is there.
         CheckpointError: credentials in a URL, two revisions, a name that means nothing.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise CheckpointError(
+            f"A model has a name, and {name!r:.60} is a {type(name).__name__}.",
+            fix="give a directory, a file, a URL or a Hub id",
+        )
     text = os.fspath(name)
     if not isinstance(text, str) or not text.strip():
         raise CheckpointError(

@@ -120,7 +120,8 @@ def _open_model(location: Location, url: str, storage_options: StorageOptions) -
         if not location.bare:
             raise
         here = f"there is no {url!r} in {Path.cwd()}, so the Hub was asked"
-        raise ReadFailed(error.headline, here, *error.facts, fix=error.fix) from error
+        fix = f"for a folder: check its path; for a model on the Hub: {error.fix}"
+        raise ReadFailed(error.headline, here, *error.facts, fix=fix) from error
     except MalformedCheckpoint as error:
         raise type(error)(error.headline, *error.facts, f"in {url}", fix=error.fix) from error
     finally:

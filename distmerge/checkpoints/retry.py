@@ -49,6 +49,20 @@ _TRANSIENT_CLASSES = frozenset(
 )
 
 
+_UNREACHED_CLASSES = frozenset(
+    {
+        "ClientConnectorError",  # aiohttp
+        "ConnectError",  # httpx
+        "ConnectTimeout",
+        "ConnectTimeoutError",  # botocore, urllib3
+        "ConnectionRefusedError",
+        "EndpointConnectionError",  # botocore
+        "NewConnectionError",  # urllib3
+        "gaierror",
+    }
+)
+
+
 class ShortRead(OSError):
     """A response's body ended before the range did."""
 
@@ -156,6 +170,15 @@ def is_transient(error: BaseException) -> bool:
     return False
 
 
+def is_unreachable(error: BaseException) -> bool:
+    """Whether no connection came about: a wrong address, a server or a network that is down."""
+    return any(map(_is_unreached, _chain(error)))
+
+
+def _is_unreached(error: BaseException) -> bool:
+    return any(kind.__name__ in _UNREACHED_CLASSES for kind in type(error).__mro__)
+
+
 def http_status(error: BaseException) -> int | None:
     """The HTTP status behind an exception of botocore, httpx, aiohttp, urllib3 or gcsfs."""
     return next((s for s in map(_status, _chain(error)) if s is not None), None)
@@ -222,10 +245,18 @@ def _seconds(asked: str) -> float | None:
         return None
 
 
-def _failed(what: str, attempts: int, error: Exception, secrets: Sequence[str]) -> ReadFailed:
+def _failed(what: str, attempts: int, error: BaseException, secrets: Sequence[str]) -> ReadFailed:
     times = f"{attempts} attempts" if attempts > 1 else "1 attempt"
+    goes_on = "a merge that was interrupted goes on where it was"
+    ending, fix = ".", f"try again in a while; {goes_on}"
+    if is_unreachable(error):
+        ending = ": its server could not be reached."
+        fix = f"check the address and the network, or try again in a while; {goes_on}"
+        error = next(link for link in _chain(error) if _is_unreached(link))
+    elif not is_transient(error):
+        fix = f"check the address, the credentials and the storage options; {goes_on}"
     return ReadFailed(
-        f"Could not read {what}.",
+        f"Could not read {what}{ending}",
         f"{times}, the last: {type(error).__name__}: {quoted(error, secrets)}",
-        fix="try again in a while; a merge that was interrupted goes on where it was",
+        fix=fix,
     )

@@ -42,6 +42,11 @@ def check_storage_options(options: StorageOptions) -> None:
     Raises
         RecipeError: its text shows no option's name or value, which may be secret.
     """
+    if not isinstance(options, Mapping):
+        raise RecipeError(
+            f"storage_options are a mapping, not a {type(options).__name__}.",
+            fix="storage_options: {'s3://bucket/': {endpoint_url: ...}}, or options alone",
+        )
     if not by_prefix(options):
         return
     if not all("://" in name and isinstance(kept, Mapping) for name, kept in options.items()):
@@ -59,7 +64,7 @@ def secret_values(options: StorageOptions | None) -> tuple[str, ...]:
     return tuple(sorted((w for w in found if len(w) >= _SHORTEST), key=len, reverse=True))
 
 
-def quoted(error: Exception, secrets: Sequence[str]) -> str:
+def quoted(error: BaseException, secrets: Sequence[str]) -> str:
     """What another library's exception says, without values of storage options."""
     text = str(error).strip()
     if not secrets:

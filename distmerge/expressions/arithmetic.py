@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Self, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distmerge.errors import DtypeMismatch, ParameterError, ShapeMismatch
+from distmerge.errors import DtypeMismatch, ParameterError, RecipeError, ShapeMismatch
 from distmerge.expressions.nodes import OnMissing, Operator
 from distmerge.methods.parameters import LARGEST, SMALLEST, in_float32
 
@@ -154,6 +155,20 @@ def as_tensor(operand: Any) -> Tensor | None:
     if isinstance(operand, np.ndarray):
         return torch.from_numpy(operand)
     return operand.detach() if isinstance(operand, Tensor) else None
+
+
+@contextmanager
+def dict_of_tensors(args: tuple[Any, ...]) -> Iterator[None]:
+    """Raises RecipeError: no dict can be made of these arguments."""
+    try:
+        yield
+    except (TypeError, ValueError):
+        if not args or isinstance(args[0], Iterator):  # what it yields has failed
+            raise
+        raise RecipeError(
+            f"A StateDict is made of a dict of tensors, not of {args!r:.60}.",
+            fix="StateDict({'weight': tensor}), or StateDict.from_model(model)",
+        ) from None
 
 
 def as_tensors(operand: Any) -> Mapping[str, Tensor] | None:

@@ -10,6 +10,7 @@ from typing import Any, get_args
 import torch
 
 from distmerge.errors import ParameterError, RecipeError
+from distmerge.expressions.argument_kinds import checked
 from distmerge.expressions.nodes import OnMissing
 from distmerge.methods.method import MergeMethod
 
@@ -75,6 +76,10 @@ class CallOptions:
         given = (self.passthrough, self.passthrough_layers)
         lists = [[some] if isinstance(some, str) else some or () for some in given]
         return frozenset(key for some in lists for key in some)
+
+
+_CHECKED = {"out", "overwrite", "seed", "storage_options"}
+"""Options that `argument_kinds` knows; the device of a result may be any of torch's."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,7 @@ def bind(method: MergeMethod, args: Sequence[Any], keywords: Mapping[str, Any]) 
     inputs = {name: _listed(method, name, given.pop(name)) for name in method.inputs}
     known = {option.name for option in fields(CallOptions)}
     options = CallOptions(**{name: given[name] for name in known & given.keys()})
+    checked(method.name, {n: given[n] for n in _CHECKED & given.keys() if given[n] is not None})
     _check_options(method, options)
     own = {n: v for n, v in given.items() if n not in known or n in method.parameters}
     if "verbose" in method.parameters or (method.accepts_any and options.verbose):
@@ -155,6 +161,7 @@ def bind(method: MergeMethod, args: Sequence[Any], keywords: Mapping[str, Any]) 
 
 def _check_options(method: MergeMethod, options: CallOptions) -> None:
     """Refuse policies that there aren't. Raises ParameterError."""
+    _check_device(method, options)
     policies = get_args(OnMissing)
     if options.on_missing not in policies:
         raise ParameterError(
@@ -164,7 +171,7 @@ def _check_options(method: MergeMethod, options: CallOptions) -> None:
         )
     for name in ("passthrough", "passthrough_layers"):
         given = getattr(options, name)
-        listed = isinstance(given, Iterable)
+        listed = isinstance(given, Iterable) and not isinstance(given, bytes)
         names = not isinstance(given, list | tuple) or all(isinstance(key, str) for key in given)
         if given is not None and not (listed and names):
             raise ParameterError(
@@ -172,6 +179,18 @@ def _check_options(method: MergeMethod, options: CallOptions) -> None:
                 "it lists keys, or names of modules",
                 fix=f"{name}=['lm_head']",
             )
+
+
+def _check_device(method: MergeMethod, options: CallOptions) -> None:
+    """Raises ParameterError: torch knows no such device."""
+    try:
+        torch.device("cpu" if options.device is None else options.device)
+    except (RuntimeError, TypeError) as error:
+        raise ParameterError(
+            f"{method.name}: device can't be {options.device!r:.60}.",
+            str(error).splitlines()[0],
+            fix="device='cpu', or 'cuda' where there is one",
+        ) from None
 
 
 def _listed(method: MergeMethod, name: str, models: Any) -> list[Any]:

@@ -51,7 +51,7 @@ def recipe_parameters(
     for word, value in called.items():
         if isinstance(value, list) and len(value) != count:
             raise _wrong_count(method, word, value, count)
-    translated = method.from_call(count, **called) if method.from_call else {}
+    translated = _translated(method, count, called)
     merged = {**translated, **direct}
     for declared in method.parameters.values():
         if declared.default is REQUIRED and declared.name not in merged:
@@ -60,6 +60,22 @@ def recipe_parameters(
                 fix=f"{method.name}([...], {declared.keyword}=...)",
             )
     return tuple((n, _checked(method, n, v, count, called)) for n, v in merged.items())
+
+
+def _translated(method: MergeMethod, count: int, called: Mapping[str, Any]) -> dict[str, Any]:
+    """Raises ParameterError: the call form can't use the values."""
+    if method.from_call is None:
+        return {}
+    try:
+        return method.from_call(count, **called)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        given = ", ".join(f"{word}={value!r:.60}" for word, value in called.items())
+        words = list(inspect.signature(method.from_call).parameters.values())[1:]
+        raise ParameterError(
+            f"{method.name} can't use {given}.",
+            f"{type(error).__name__}: {error}",
+            fix=f"{method.name}([...], {', '.join(map(str, words))})",
+        ) from None
 
 
 def call_words(method: MergeMethod) -> list[str]:

@@ -49,7 +49,10 @@ def call_method(method: MergeMethod, *args: Any, **keywords: Any) -> Any:
     """
     call = bind(method, args, keywords)
     apart = call.method.takes_base and call.base_index is not None
-    parameters = recipe_parameters(method, len(call.models) - apart, call.parameters)
+    count = len(call.models) - apart
+    if count == 0:
+        method.check_count((), f"models[{call.base_index}]")
+    parameters = recipe_parameters(method, count, call.parameters)
     stored = call.options.storage_options
     opened = {name: open_models(models, name, stored) for name, models in call.inputs.items()}
     node = _apply(call, opened, parameters)

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from distmerge.checkpoints.opening import open_checkpoint
 from distmerge.checkpoints.renaming import Rename, read_rules
+from distmerge.checkpoints.storage_options import check_storage_options
 from distmerge.errors import KeyMismatch, RecipeError
 from distmerge.expressions.alignment import Inputs, align
+from distmerge.expressions.argument_kinds import checked
 from distmerge.expressions.arithmetic import (
     Arithmetic,
     as_number,
@@ -68,6 +70,7 @@ def open_lazy(
         ParameterError, KeyMismatch: rules that are none, or that give two tensors one name.
     """
     rules = read_rules(rename)
+    check_storage_options({} if storage_options is None else storage_options)
     checkpoint = open_checkpoint(
         url, revision=revision, rename=rules, storage_options=storage_options
     )
@@ -93,6 +96,11 @@ class LazyStateDict(Arithmetic, Mapping[str, Tensor]):
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         """donor, seed, storage_options: see `distmerge.expressions.settings.Settings`."""
+        if not isinstance(expression, Expression):
+            raise RecipeError(
+                f"A LazyStateDict is made of an expression, not of a {type(expression).__name__}.",
+                fix="distmerge.open('org/name')",
+            )
         check_size(expression.size, "The expression")
         self.expression = expression
         self.settings = Settings(donor, seed, dict(storage_options or {}))
@@ -151,7 +159,7 @@ class LazyStateDict(Arithmetic, Mapping[str, Tensor]):
             KeyMismatch, ShapeMismatch, DtypeMismatch: from headers, before anything is read.
             ParameterError, MethodError, MemoryBudgetError, ReadFailed, SourceChanged
         """
-        wanted = None if keys is None else list(dict.fromkeys(keys))
+        wanted = None if keys is None else list(dict.fromkeys(_listed(keys)))
         if wanted is not None:
             self._check_known(wanted)
         if any(isinstance(leaf, Leaf) for leaf in leaves(self.expression)):
@@ -174,7 +182,8 @@ class LazyStateDict(Arithmetic, Mapping[str, Tensor]):
         """
         from distmerge.run.merge import merge  # a door upward
 
-        place, given = os.fspath(out), options.pop("storage_options", None) or {}
+        given = options.pop("storage_options", None) or {}
+        place = checked("save", {"out": out, "storage_options": given})["out"]
         options_then = self.settings.options_with(self.expression, place, given)
         request = replace(self.request(), storage_options=options_then)
         return merge(request, place, engine=engine, **options)  # type: ignore[return-value]
@@ -192,7 +201,7 @@ class LazyStateDict(Arithmetic, Mapping[str, Tensor]):
 
     def subset(self, keys: Iterable[str]) -> Self:
         """The same, of these keys only, in the expression's order. Raises KeyMismatch."""
-        wanted = list(keys)
+        wanted = _listed(keys)
         self._check_known(wanted)
         return self._with(Select(self.expression, frozenset(wanted)))
 
@@ -268,6 +277,12 @@ def as_lazy(operand: Any) -> LazyStateDict | None:
     module = module_of(operand)
     name = "state_dict" if module is None else type(module).__name__
     return LazyStateDict(TensorLeaf(dict(tensors), name))
+
+
+def _listed(keys: Iterable[str]) -> list[str]:
+    if not isinstance(keys, Iterable):
+        raise RecipeError(f"{keys!r:.60} is no list of keys.", fix="list(lazy) shows its keys")
+    return list(keys)
 
 
 def _place(leaf: Leaf | TensorLeaf) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Mapping
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from distmerge.checkpoints.renaming import FORM
 from distmerge.credentials import redact
@@ -49,6 +51,25 @@ EXAMPLES = {
 }
 """What a key looks like where it is right."""
 
+_WANTED = {
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "string_type": "text",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+}
+"""pydantic's kinds of mistakes -> what a recipe should have there."""
+_SHOULD = re.compile("^[A-Z][a-z]+ should")
+_ALSO_NAMES = ("ModelRef", "Source")
+"""Sections that may be a model's name alone."""
+
 
 def explained(
     error: ValidationError,
@@ -67,7 +88,7 @@ def explained(
         path = tuple("models" if part == "names" else part for part in loc)
         names = [str(part) for part in path if isinstance(part, str)]
         raised = problem.get("ctx", {}).get("error")
-        reason = raised.headline if isinstance(raised, DistmergeError) else problem["msg"]
+        reason = raised.headline if isinstance(raised, DistmergeError) else _reason(problem)
         secret = path[:1] == ("storage_options",)
         shown = "" if secret else f", not {redact(repr(problem['input']))[:80]}"
         if problem["type"] == "too_short" and not problem["input"]:
@@ -83,12 +104,29 @@ def explained(
     return RecipeError(f"{document.origin} has {len(mistakes)} mistakes.", *mistakes, fix=fix)
 
 
+def _reason(problem: ErrorDetails) -> str:
+    """pydantic's, in the words of recipes."""
+    kind = problem["type"]
+    if kind == "missing":
+        return "it is missing"
+    wanted = _WANTED.get(kind.replace("dataclass_type", "model_type"))
+    if problem.get("ctx", {}).get("class_name") in _ALSO_NAMES:
+        wanted = "a model's name, or a mapping"
+    return f"it has to be {wanted}" if wanted else _SHOULD.sub("it has to", problem["msg"])
+
+
 def named_method(document: Document) -> MergeMethod:
     """The method that a recipe names. Raises RecipeError, UnknownMethod."""
     name = document.data.get("merge_method")
     if name is None:
         _refuse_moe(document)
-    if name is None or not isinstance(name, str):
+    if name is not None and not isinstance(name, str):
+        raise RecipeError(
+            f"{document.where(('merge_method',))}: merge_method: it has to be a method's name, "
+            f"not {name!r:.80}.",
+            fix=EXAMPLES["merge_method"],
+        )
+    if name is None:
         near = difflib.get_close_matches("merge_method", list(document.data), 1)
         facts = [f"{document.where((near[0],))}: {near[0]!r} is no key of a recipe"] if near else []
         raise RecipeError(

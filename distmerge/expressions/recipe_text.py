@@ -78,19 +78,32 @@ def read_documents(
     """
     if isinstance(source, Mapping):
         return [Document(_plain(source, ()), origin="the recipe")]
-    if isinstance(source, list | tuple):
-        return [
-            one
-            if isinstance(one, Document)
-            else Document(_plain(one, ()), f"document {n} of the recipe")
-            for n, one in enumerate(source, 1)
-        ]
+    if isinstance(source, list | tuple) and source:
+        return [_document(one, n) for n, one in enumerate(source, 1)]
     if source == "-":
         return parse_documents(_standard_input(), "standard input")
-    assert isinstance(source, str | os.PathLike)
+    if not isinstance(source, str | os.PathLike):
+        raise _no_recipe("A recipe", source)
     if isinstance(source, str) and _is_text(source):
         return parse_documents(source, "the recipe")
     return parse_documents(_file_text(os.fspath(source)), redact(os.fspath(source)))
+
+
+def _document(given: Any, number: int) -> Document:
+    """One of several."""
+    if isinstance(given, Document):
+        return given
+    if not isinstance(given, Mapping):
+        raise _no_recipe(f"Document {number} of the recipe", given)
+    return Document(_plain(given, ()), f"document {number} of the recipe")
+
+
+def _no_recipe(called: str, given: Any) -> RecipeError:
+    held = kind_of(given) if isinstance(given, list) else f"a {type(given).__name__}"
+    return RecipeError(
+        f"{called} is a file, YAML text or a mapping, not {held}.",
+        fix="give a path like 'merge.yml', or {'merge_method': 'linear', 'models': [...]}",
+    )
 
 
 def parse_documents(text: str, origin: str) -> list[Document]:

@@ -21,6 +21,7 @@ from distmerge.expressions.arithmetic import (
     calculate_pair,
     check_tensor,
     counted,
+    dict_of_tensors,
     is_pipeline,
     shape_text,
 )
@@ -48,6 +49,10 @@ class StateDict(Arithmetic, dict[str, Tensor]):
         ShapeMismatch: shapes that differ, or a tensor that doesn't broadcast to an entry's shape.
         DtypeMismatch: integer tensors that aren't equal, or values that aren't tensors.
     """
+
+    def __init__(self, *args: Any, **tensors: Tensor) -> None:
+        with dict_of_tensors(args):
+            super().__init__(*args, **tensors)
 
     @classmethod
     def from_model(cls, model: nn.Module | Mapping[str, Tensor] | Any) -> Self:

@@ -62,6 +62,8 @@ def dict_map(names: Function | Iterable[str] | None = None) -> Any:
         return replace(describe(names), drops_unknown=True)
     if isinstance(names, str):
         raise MethodError(f"@dict_map({names!r}) needs a list.", fix=f"@dict_map([{names!r}])")
+    if names is not None and not isinstance(names, Iterable):
+        raise MethodError(f"@dict_map({names!r:.60}) needs a list.", fix="@dict_map(['models'])")
     inputs = None if names is None else tuple(names)
     return lambda function: replace(describe(function, inputs=inputs), drops_unknown=True)
 

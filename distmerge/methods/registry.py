@@ -38,6 +38,11 @@ def find_method(name: str) -> MergeMethod:
     Raises
         UnknownMethod: with the nearest name.
     """
+    if not isinstance(name, str):
+        raise UnknownMethod(
+            f"A merge method is called by its name, not by a {type(name).__name__}.",
+            fix="'distmerge methods' lists them",
+        )
     if name in _builtin():
         return _builtin()[name]
     for entry in entry_points(group="distmerge.methods"):

@@ -22,6 +22,15 @@ from distmerge.methods.blocks import Granularity
 from distmerge.methods.method import OFFERED, PER_MODEL, REQUIRED, MergeMethod, Parameter, Sight
 
 
+def _name_of(function: Any) -> str:
+    if not callable(function) or not hasattr(function, "__name__"):
+        raise MethodError(
+            f"A merge method is a function with a name, and {function!r:.60} is none.",
+            fix="def merge(models, **kw): ...",
+        )
+    return str(function.__name__)
+
+
 def describe(
     function: Callable[..., Any],
     *,
@@ -40,7 +49,7 @@ def describe(
     Raises
         MethodError: the signature can't be that of a merge method.
     """
-    name = name or function.__name__
+    name = name or _name_of(function)
     signature = inspect.signature(function).parameters
     inputs = inputs if inputs is not None else tuple(list(signature)[:1])
     missing = [i for i in inputs if i not in signature]

@@ -38,15 +38,19 @@ def kernel_class(device: str) -> str:
     """Processors of one class give the same bits. Raises RecipeError: no such device."""
     version = ".".join(torch.__version__.split("+")[0].split(".")[:2])
     if device.startswith("cuda"):
-        if not torch.cuda.is_available():
+        if not torch.cuda.is_available() or _number(device) >= torch.cuda.device_count():
             raise RecipeError(
                 f"There is no {device} device here.",
-                f"torch {torch.__version__} sees none",
+                f"torch {torch.__version__} sees {torch.cuda.device_count() or 'none'}",
                 fix="--device cpu, or a torch for CUDA and its driver",
             )
         return f"torch {version} cuda {torch.cuda.get_device_name(torch.device(device))}"
     loops = "fused" if fused_loops() is not None else "plain"
     return f"torch {version} cpu {torch.backends.cpu.get_cpu_capability()} {loops}"
+
+
+def _number(device: str) -> int:
+    return torch.device(device).index or 0
 
 
 def digest_of(

@@ -33,7 +33,7 @@ from distmerge.run.journal import ask_model
 from distmerge.run.options import MergeOptions as MergeOptions
 from distmerge.run.worker import OnBytes, WorkerSettings
 from distmerge.write.lease import LeaseKeeper, lease
-from distmerge.write.output import open_output
+from distmerge.write.output import open_output, output_name
 from distmerge.write.publish import (
     Published,
     check_apart,
@@ -64,7 +64,7 @@ def merge(what: Any, out: str, *, listener: Listener = silent, **options: Any) -
     Raises
         DistmergeError: one of its kinds; what can be known from headers before anything is read.
     """
-    settings = MergeOptions(**options)
+    settings, out = MergeOptions.of("merge", options, listener=listener), output_name(out)
     started = time.monotonic()
     given = what if isinstance(what, Plan) else None
     request = given.request if given else as_request(what, settings)
@@ -133,7 +133,7 @@ def plan(what: Any, out: str | None = None, **options: Any) -> Plan:
 
     With `out`, also refuses what `merge` would refuse there. Parameters as for `merge`.
     """
-    settings = MergeOptions(**options)
+    settings = MergeOptions.of("plan", options)
     request = as_request(what, settings)
     output = None
     if out is not None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from distmerge.checkpoints.store import StorageOptions
 from distmerge.errors import RecipeError
+from distmerge.expressions.argument_kinds import checked, known_options
 from distmerge.expressions.compute_pool import usable_cores
 
 EngineName = Literal["local", "ray"]
@@ -55,6 +56,14 @@ class MergeOptions:
             raise RecipeError(
                 f"A seed is a number from 0 to 2^64 - 1, not {self.seed}.", fix="--seed 0"
             )
+
+    @classmethod
+    def of(cls, function: str, given: Mapping[str, Any], **own: Any) -> MergeOptions:
+        """As a caller of `function` gave them. Raises ParameterError: there is no such option, or
+        it, or one of the function's own, takes other values."""
+        checked(function, own)
+        known_options(function, given, [field.name for field in fields(cls)])
+        return cls(**checked(function, given))
 
     @property
     def replaces(self) -> bool:

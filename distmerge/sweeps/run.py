@@ -34,7 +34,7 @@ from distmerge.sweeps.scoring import Job, Scored, Scoring, ShouldStop, never, sc
 from distmerge.sweeps.scratch import ANYWHERE, Scratch, Spool, spooling
 from distmerge.sweeps.together import fill
 from distmerge.write.lease import LeaseKeeper, lease
-from distmerge.write.output import open_output
+from distmerge.write.output import open_output, output_name
 
 Told = Callable[[Sequence[Result], Keep], None]
 """Shows results, ranked as the second says."""
@@ -72,7 +72,7 @@ def sweep(
         SweepFailed: some candidates failed; the others are done, and `out/results.jsonl` has all.
         DistmergeError: what can be known from headers, before anything is read.
     """
-    settings = MergeOptions(**options)
+    settings = MergeOptions.of("sweep", options, listener=listener, scratch=scratch)
     wanted = load_sweep(
         definition,
         overrides=settings.overrides,
@@ -81,7 +81,7 @@ def sweep(
         judging={k: v for k, v in (("evaluate", evaluate), ("keep", keep)) if v is not None},
     )
     where = Scratch(scratch, scratch_size)
-    return run_sweep(wanted, out, settings, scratch=where, listener=listener)
+    return run_sweep(wanted, output_name(out), settings, scratch=where, listener=listener)
 
 
 def run_sweep(

@@ -45,7 +45,7 @@ from distmerge.sweeps.space import Space
 from distmerge.sweeps.trials import Trials
 from distmerge.write.lease import LeaseKeeper, lease
 from distmerge.write.local_output import LocalOutput
-from distmerge.write.output import open_output
+from distmerge.write.output import open_output, output_name
 
 STUDY = "study.db"
 
@@ -155,7 +155,9 @@ def search(
         RecipeError: the space, the evaluator or the storage can't be used; no trial gave a score.
         DistmergeError: as `distmerge.sweep`.
     """
-    settings = MergeOptions(**options)
+    own = {"trials": trials, "sampler": sampler, "pruner": pruner, "storage": storage}
+    told_to = {"scratch": scratch, "listener": listener, "told": told}
+    settings, out = MergeOptions.of("search", options, **own, **told_to), output_name(out)
     judging = {k: v for k, v in (("evaluate", evaluate), ("keep", keep)) if v is not None}
     space, judged, documents = _definition(definition, judging, settings)
     assert judged.evaluate is not None

@@ -25,7 +25,7 @@ def open_output(
 
     Raises OutputError for what can't be written to.
     """
-    text = os.fspath(url)
+    text = output_name(url)
     if not text.strip():
         raise OutputError("The output needs a name.", fix="give a directory or a URL")
     if text.startswith(HUB_SCHEME):
@@ -49,6 +49,17 @@ def open_output(
     from distmerge.write.fsspec_output import FsspecOutput
 
     return FsspecOutput(text.rstrip("/") if not text.endswith("://") else text, storage_options)
+
+
+def output_name(url: str | os.PathLike[str]) -> str:
+    """As text. Raises OutputError: it is something else."""
+    text = os.fspath(url) if isinstance(url, str | os.PathLike) else url
+    if not isinstance(text, str):
+        raise OutputError(
+            f"An output has a name, and {text!r:.60} is a {type(text).__name__}.",
+            fix="give a directory or a URL",
+        )
+    return text
 
 
 def _local(path: str) -> LocalOutput:

@@ -237,6 +237,8 @@ def test_a_hub_that_cannot_be_reached_is_told_with_what_is_not_here(monkeypatch)
     monkeypatch.setattr("distmerge.checkpoints.hub_store.HubStore.files", unreachable)
     with pytest.raises(ReadFailed, match=r"there is no 'lawx' in /.*, so the Hub was asked"):
         open_checkpoint("lawx")
+    with pytest.raises(ReadFailed, match=r"Fix: for a folder: check its path; .* Hub: try again"):
+        open_checkpoint("lawx")
     with pytest.raises(ReadFailed) as raised:
         open_checkpoint("hf://org/lawx")
     assert "so the Hub was asked" not in str(raised.value)
@@ -365,8 +367,6 @@ def rewrite_index(folder: Path, change) -> None:
         "http://evil/x.safetensors",
         "C:/x.safetensors",
         "",
-        7,
-        None,
     ],
 )
 def test_index_entries_that_point_outside(tmp_path, target):
@@ -375,6 +375,25 @@ def test_index_entries_that_point_outside(tmp_path, target):
     rewrite_index(tmp_path / "model", lambda m: m.update({"shard0.model.a.weight": target}))
     with pytest.raises(MalformedCheckpoint, match="outside"):
         open_checkpoint(tmp_path / "model")
+
+
+@pytest.mark.parametrize("target", [7, None, ["a"]])
+def test_an_index_entry_that_is_no_name(tmp_path, target):
+    sharded(tmp_path)
+    rewrite_index(tmp_path, lambda m: m.update({"shard0.model.a.weight": target}))
+    with pytest.raises(MalformedCheckpoint, match="doesn't name a file for every") as raised:
+        open_checkpoint(tmp_path)
+    assert "'shard0.model.a.weight'" in str(raised.value)
+    assert raised.value.fix
+
+
+@pytest.mark.parametrize("text", ["nonsense", "[]", '"\\ud800"'])
+def test_a_config_that_is_no_json_object_has_a_fix(tmp_path, text):
+    sharded(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(MalformedCheckpoint, match=r"config\.json is not") as raised:
+        open_checkpoint(tmp_path)
+    assert "fetch or copy the checkpoint again" in str(raised.value.fix)
 
 
 def test_missing_shards_are_named(tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from email.utils import formatdate
 
 import pytest
 
+from distmerge.checkpoints.fsspec_store import FsspecStore
 from distmerge.checkpoints.retry import (
     HttpStatus,
     RetryPolicy,
@@ -148,6 +150,34 @@ def test_final_failures_are_not_asked_again(error):
     with pytest.raises(ReadFailed, match="1 attempt"):
         retrying(action, what="x", explain=nothing_known, policy=QUICK)
     assert left == ["unused"]
+
+
+@pytest.mark.parametrize(
+    ("error", "says", "fix"),
+    [
+        (status(400), "Could not read it.", "check the address, the credentials"),
+        (status(503), "Could not read it.", "try again in a while"),
+        (ConnectionResetError(), "Could not read it.", "try again in a while"),
+        (ConnectionRefusedError(), "its server could not be reached", "check the address and the"),
+        (caused(socket.gaierror()), "its server could not be reached", "check the address and the"),
+    ],
+)
+def test_only_what_may_pass_is_to_be_tried_again(error, says, fix):
+    def fail():
+        raise error
+
+    with pytest.raises(ReadFailed) as raised:
+        retrying(fail, what="it", explain=lambda error: None, policy=QUICK)
+    assert says in raised.value.headline
+    assert str(raised.value.fix).startswith(fix)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:1", "nosuch.invalid"])
+def test_a_server_that_is_not_reached_is_no_missing_file(host):
+    store = FsspecStore(f"http://{host}/m", {}, only="model.safetensors", policy=QUICK)
+    with pytest.raises(ReadFailed, match="its server could not be reached"):
+        store.files()
+    store.close()
 
 
 def test_known_and_own_errors_pass_at_once():

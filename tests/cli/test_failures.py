@@ -65,7 +65,7 @@ A, B = ({"model": name, "parameters": {"weight": 1}} for name in "ab")
         (
             {"models": [], "slices": [{}]},
             [],
-            "merge.yml, line 1: slices.0.sources: Field required",
+            "merge.yml, line 1: slices.0.sources: it is missing",
             "sources: [{model",
         ),
         ({"dtype": "float8_e4m3fn"}, [], "dtype: A merge can't be written in dtype", "bfloat16"),

@@ -21,6 +21,7 @@ from run.stopping import PROCESSES
 import distmerge
 from distmerge.errors import (
     CheckpointError,
+    DistmergeError,
     DtypeMismatch,
     MalformedCheckpoint,
     NonFiniteResult,
@@ -53,6 +54,76 @@ def assert_nothing_loads(folder: Path) -> None:
     names = names_below(folder)
     assert not [n for n in names if n.endswith((".tmp", "index.json"))]
     assert "model.safetensors" not in names
+
+
+# --- arguments
+
+
+WRONG_OPTIONS = {
+    "workers": 1.5,
+    "seed": -1,
+    "device": "zzz",
+    "overwrite": "zzz",
+    "strict": 3,
+    "address": 3,
+    "keep_intermediates": [],
+    "storage_options": "zzz",
+    "overrides": "zzz",
+    "listener": None,
+}
+
+
+@pytest.mark.parametrize(("name", "value"), WRONG_OPTIONS.items())
+def test_an_option_of_a_wrong_type_is_refused_before_anything_is_written(tmp_path, name, value):
+    out = tmp_path / "out"
+    with pytest.raises(ParameterError, match=f"merge: {name} can't be") as raised:
+        distmerge.merge(linear(saved(tmp_path)), str(out), **{name: value})
+    assert f"{name}=" in str(raised.value.fix)
+    assert not out.exists()
+
+
+def test_not_a_number_is_no_count_and_a_misspelt_option_is_told(tmp_path):
+    with pytest.raises(ParameterError, match="workers can't be nan"):
+        distmerge.merge({}, str(tmp_path), workers=float("nan"))
+    with pytest.raises(ParameterError, match="no option 'overwrit'") as raised:
+        distmerge.merge({}, str(tmp_path), overwrit=True)
+    assert raised.value.fix == "write 'overwrite='"
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: distmerge.merge(None, "out"), "A recipe is a file, .* not a NoneType"),
+        (lambda: distmerge.merge([1], "out"), "Document 1 of the recipe is .* not a int"),
+        (lambda: distmerge.sweep([], "out"), "A recipe is .* not a list"),
+        (lambda: distmerge.search(3, "out"), "A recipe is .* not a int"),
+        (lambda: distmerge.search({}, "out", trials=-1), "search: trials can't be -1"),
+        (lambda: distmerge.search({}, "out", sampler=[]), "search: sampler can't be"),
+        (lambda: distmerge.sweep({}, "out", scratch=3), "sweep: scratch can't be 3"),
+        (lambda: distmerge.merge({"merge_method": "linear"}, 3), "An output has a name, and 3"),
+        (lambda: distmerge.search({}, None), "An output has a name, and None"),
+        (lambda: distmerge.open(None), "A model has a name, and None"),
+        (lambda: distmerge.open("m", storage_options=3), "storage_options are a mapping"),
+        (lambda: distmerge.StateDict(3), "A StateDict is made of"),
+        (lambda: distmerge.LazyStateDict(3), "made of an expression"),
+        (lambda: distmerge.find_method(None), "called by its name"),
+        (lambda: distmerge.layer_merge(3), "is a function with a name"),
+        (lambda: distmerge.dict_map(3), "needs a list"),
+        (lambda: distmerge.save_importance({}, 3), "An output has a name"),
+        (lambda: distmerge.save_importance({"a": 1}, "out"), "no importances"),
+        (lambda: distmerge.ties([{}, {}], weights=3), "ties can't use weights=3"),
+        (lambda: distmerge.dare([1]), "dare_linear merges at least 1 model"),
+        (lambda: distmerge.linear([{}], out=3), "linear: out can't be 3"),
+        (lambda: distmerge.linear([{}], seed=[]), "linear: seed can't be"),
+        (lambda: distmerge.linear([{}], device="zzz"), "linear: device can't be"),
+        (lambda: distmerge.linear([{}], passthrough=b"x"), "linear: passthrough can't be"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_told_in_a_sentence(call, match, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DistmergeError, match=match):
+        call()
+    assert not names_below(tmp_path)
 
 
 # --- sources

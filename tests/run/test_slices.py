@@ -300,10 +300,10 @@ def test_random_draws_and_bytes_do_not_depend_on_how_it_runs(models):
         ({"slices": passed(("a", 0, 7))}, "a has no layers 0 to 7", "[0, 6]"),
         ({"slices": passed(("a", 3, 3))}, "a layer_range takes no layers", "[FIRST, LAST + 1]"),
         ({"slices": passed(("a", -1, 3))}, "a layer_range takes no layers", "[FIRST"),
-        ({"slices": [{}]}, "slices.0.sources: Field required", "sources: [{"),
+        ({"slices": [{}]}, "slices.0.sources: it is missing", "sources: [{"),
         (
             {"slices": [{"sources": [{"model": "a", "layer_range": [1]}]}]},
-            "layer_range.1: Field required",
+            "layer_range.1: it is missing",
             "layer_range: [0, 16]",
         ),
         ({"slices": passed(("a", 0, 3)), "models": ["b"]}, "there are models and slices", "keep"),
