@@ -7,16 +7,20 @@ its keys mean is not decided here.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from distmerge.credentials import redact
 from distmerge.errors import RecipeError
+from distmerge.expressions.recipe_files import (
+    LARGEST_RECIPE,
+    file_text,
+    is_text,
+    standard_input,
+)
 from distmerge.expressions.yaml_lines import (
     DEEPEST,
     KeyPath,
@@ -24,9 +28,6 @@ from distmerge.expressions.yaml_lines import (
     read_yaml,
     read_yaml_documents,
 )
-
-LARGEST_RECIPE = 1_000_000
-"""Characters."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,12 @@ def read_documents(
     if isinstance(source, list | tuple) and source:
         return [_document(one, n) for n, one in enumerate(source, 1)]
     if source == "-":
-        return parse_documents(_standard_input(), "standard input")
+        return parse_documents(standard_input(), "standard input")
     if not isinstance(source, str | os.PathLike):
         raise _no_recipe("A recipe", source)
-    if isinstance(source, str) and _is_text(source):
+    if isinstance(source, str) and is_text(source):
         return parse_documents(source, "the recipe")
-    return parse_documents(_file_text(os.fspath(source)), redact(os.fspath(source)))
+    return parse_documents(file_text(os.fspath(source)), redact(os.fspath(source)))
 
 
 def _document(given: Any, number: int) -> Document:
@@ -239,53 +240,6 @@ def _step(place: Any, step: str, told: str, before: Sequence[str]) -> str | int:
 def dump_text(data: Mapping[str, Any]) -> str:
     """Data as YAML, keys in their order."""
     return yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=1000)
-
-
-def _is_text(source: str) -> bool:
-    """Whether a string is YAML rather than a path."""
-    if "\n" in source:
-        return True
-    if os.path.exists(os.path.expanduser(source)) or "://" in source.split(" ")[0]:
-        return False
-    looks_like_path = source.lower().endswith((".yml", ".yaml", ".json")) and ": " not in source
-    return ":" in source and not looks_like_path
-
-
-def _file_text(name: str) -> str:
-    path, shown = Path(os.path.expanduser(name)), redact(name)
-    fix = "check the path, or give '-' to read the recipe from standard input"
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return file.read(LARGEST_RECIPE + 1)
-    except IsADirectoryError:
-        raise RecipeError(
-            f"{shown} is a directory, not a recipe.", fix="give a YAML file"
-        ) from None
-    except FileNotFoundError:
-        where = f"looked in {Path.cwd()}"
-        raise RecipeError(f"There is no recipe {shown!r}.", where, fix=fix) from None
-    except UnicodeDecodeError as error:
-        raise _not_text(shown, error) from None
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{shown!r} can't be read.", str(error), fix=fix) from None
-
-
-def _standard_input() -> str:
-    try:
-        if sys.stdin is None:  # Python's word for a closed one
-            raise OSError("it is closed")
-        return sys.stdin.read(LARGEST_RECIPE + 1)
-    except UnicodeDecodeError as error:
-        raise _not_text("standard input", error) from None
-    except (OSError, ValueError) as error:
-        fix = "name a YAML file, or write '< merge.yml' behind the command"
-        raise RecipeError("standard input can't be read.", str(error), fix=fix) from None
-
-
-def _not_text(shown: str, error: UnicodeDecodeError) -> RecipeError:
-    return RecipeError(
-        f"{shown} is not text.", f"byte {error.start} is not UTF-8", fix="give a YAML file"
-    )
 
 
 def _plain(value: Any, path: KeyPath) -> Any:

@@ -52,10 +52,6 @@ class MergeOptions:
                 f"{MOST_WORKERS:,} are the most",
                 fix="leave --workers out: as many as there are cores",
             )
-        if self.seed is not None and not 0 <= self.seed < 1 << 64:
-            raise RecipeError(
-                f"A seed is a number from 0 to 2^64 - 1, not {self.seed}.", fix="--seed 0"
-            )
 
     @classmethod
     def of(cls, function: str, given: Mapping[str, Any], **own: Any) -> MergeOptions:

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distmerge.errors import RecipeError
+from distmerge.expressions.recipe_files import LARGEST_RECIPE
 from distmerge.expressions.recipe_text import (
-    LARGEST_RECIPE,
     Document,
     apply_overrides,
     read_documents,
