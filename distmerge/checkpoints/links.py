@@ -1,8 +1,9 @@
 """Which links in a model's folder are a part of the model.
 
 A link that stays in the folder is, and so is one into the blobs of the Hub cache that the folder
-is a snapshot of. Of what leads elsewhere a file is read if it is named as a model's files are:
-people link weights. Whatever else is behind a link is somebody's own.
+is a snapshot of. Of what leads elsewhere a file is read if it, and what the link leads to, is
+named as a model's files are: people link weights and tokenizers. Whatever else is behind a link is
+somebody's own.
 """
 
 from __future__ import annotations
@@ -35,7 +36,16 @@ def leads_away(root: str, path: str) -> bool:
     target = Path(os.path.realpath(path))
     if any(target.is_relative_to(place) for place in _homes(root)):
         return False
-    return target.is_dir() or not is_named_as_a_models(os.path.basename(path))
+    return target.is_dir() or not _is_a_models(os.path.basename(path), target)
+
+
+def _is_a_models(name: str, target: Path) -> bool:
+    """Weights by their own name, since they are read as weights and never copied; what would be
+    copied by that of its target too: a link called vocab.txt may lead to somebody's key."""
+    if name.endswith((*WEIGHT_SUFFIXES, *INDEX_SUFFIXES)):
+        return True
+    is_blob = target.parent.name == "blobs" and (target.parent.parent / "snapshots").is_dir()
+    return is_named_as_a_models(name) and (is_blob or is_named_as_a_models(target.name))
 
 
 def _homes(root: str) -> list[str]:

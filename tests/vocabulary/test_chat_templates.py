@@ -177,7 +177,7 @@ def test_reading_a_template_computes_nothing(huge):
         ("x\n{{ a b }}", "the template's line 2 is not Jinja", "name one: auto"),
         ("chatlm", "there is no chat template 'chatlm'", "'chatml'"),
         ("something", "there is no chat template 'something'", "alpaca"),
-        (7, "valid string", "chat_template: auto"),
+        (7, "it has to be text", "chat_template: auto"),
     ],
 )
 def test_what_is_no_template_is_refused_before_anything_is_read(given, told, fix):

@@ -150,13 +150,14 @@ def linked(tmp_path):
     theirs, folder = tmp_path / "theirs", Path(save_model(small_models(1)[0], tmp_path / "model"))
     (theirs / "keys").mkdir(parents=True)
     (theirs / "keys/id").write_text("secret")
-    (theirs / "vocabulary").write_text("{}")
+    (theirs / "vocab.json").write_text("{}")
     (folder / "model.safetensors").rename(theirs / "weights")
     (folder / "own").mkdir()
     (folder / "own/part.txt").write_text("own")
     for name, target in (
         ("model.safetensors", "../theirs/weights"),
-        ("vocab.json", "../theirs/vocabulary"),
+        ("vocab.json", "../theirs/vocab.json"),
+        ("vocab.txt", "../theirs/keys/id"),
         ("notes.txt", "../theirs/keys/id"),
         ("optimizer.pt", "../theirs/keys/id"),
         ("ml", str(theirs / "keys")),
@@ -169,11 +170,11 @@ def linked(tmp_path):
 def test_of_links_that_lead_away_only_a_models_files_are_followed(linked, tmp_path):
     made = {"merge_method": "linear", "models": [str(linked)], "parameters": {"weight": 1.0}}
     told = [text for text in plan(made).request.warnings if "another place" in text]
-    assert [text.split(" of ")[0] for text in told] == ["ml", "notes.txt"]
+    assert [text.split(" of ")[0] for text in told] == ["ml", "notes.txt", "vocab.txt"]
     distmerge.merge(made, str(tmp_path / "out"))
     assert {"vocab.json", "again.txt", "own/part.txt"} <= names_below(tmp_path / "out")
     assert b"secret" not in {p.read_bytes() for p in (tmp_path / "out").rglob("*.txt")}
-    assert not names_below(tmp_path / "out") & {"notes.txt", "ml/id"}
+    assert not names_below(tmp_path / "out") & {"notes.txt", "vocab.txt", "ml/id"}
 
 
 def test_a_snapshot_of_the_hub_cache_is_links_to_its_blobs(tmp_path):
