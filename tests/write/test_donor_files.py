@@ -157,7 +157,7 @@ def linked(tmp_path):
     for name, target in (
         ("model.safetensors", "../theirs/weights"),
         ("vocab.json", "../theirs/vocab.json"),
-        ("vocab.txt", "../theirs/keys/id"),
+        ("source.spm", "../theirs/keys/id"),
         ("notes.txt", "../theirs/keys/id"),
         ("optimizer.pt", "../theirs/keys/id"),
         ("ml", str(theirs / "keys")),
@@ -170,11 +170,11 @@ def linked(tmp_path):
 def test_of_links_that_lead_away_only_a_models_files_are_followed(linked, tmp_path):
     made = {"merge_method": "linear", "models": [str(linked)], "parameters": {"weight": 1.0}}
     told = [text for text in plan(made).request.warnings if "another place" in text]
-    assert [text.split(" of ")[0] for text in told] == ["ml", "notes.txt", "vocab.txt"]
+    assert [text.split(" of ")[0] for text in told] == ["ml", "notes.txt", "source.spm"]
     distmerge.merge(made, str(tmp_path / "out"))
     assert {"vocab.json", "again.txt", "own/part.txt"} <= names_below(tmp_path / "out")
-    assert b"secret" not in {p.read_bytes() for p in (tmp_path / "out").rglob("*.txt")}
-    assert not names_below(tmp_path / "out") & {"notes.txt", "vocab.txt", "ml/id"}
+    assert b"secret" not in {p.read_bytes() for p in (tmp_path / "out").rglob("*.*")}
+    assert not names_below(tmp_path / "out") & {"notes.txt", "source.spm", "ml/id"}
 
 
 def test_a_snapshot_of_the_hub_cache_is_links_to_its_blobs(tmp_path):
