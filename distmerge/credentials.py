@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import re
 
-_PASSWORD = re.compile(r"(\w://)[^/@\s]*:[^/@\s]*@")
+# Repeats are bounded: a long word made of such names would take time that grows with its square.
+_PASSWORD = re.compile(r"(\w://)[^/@\s:]{0,500}:[^/@\s]{0,1000}@")
 _SECRET_VALUE = re.compile(
-    r"([?&][^=&\s]*(?:sig|token|key|secret|credential|password|policy)[^=&\s]*=)[^&\s'\"]+",
+    r"([?&][^=&\s]{0,100}(?:sig|token|key|secret|credential|password|policy)[^=&\s]{0,100}=)[^&\s'\"]+",
     re.IGNORECASE,
 )
 _BARE_TOKEN = re.compile(r"\b(hf_|Bearer )[A-Za-z0-9._-]{8,}")
 # In hf://name@revision there is no login to hide. Slashes of well-known schemes may be miscounted.
 _URL_LOGIN = re.compile(
-    r"\b(?!hf:)((?:https?|s3a?|s?ftp|gc?s|abfss?|az):/*|[a-z][a-z0-9+.-]*://)([^\s'\"`<>]*)@",
+    r"\b(?!hf:)((?:https?|s3a?|s?ftp|gc?s|abfss?|az):/{0,4}|[a-z][a-z0-9+.-]{0,30}://)([^\s'\"`<>]{0,1000})@",
     re.IGNORECASE,
 )
 _BARE_LOGIN = re.compile(
@@ -24,9 +25,9 @@ _BARE_LOGIN = re.compile(
 )
 _PORT = re.compile(r"\d+/")
 _FIELD = (
-    r"[\"']?[\w-]*(?:secret|passw(?:or)?d|pass_?phrase|authorization|credential"
+    r"[\"']?[\w-]{0,100}(?:secret|passw(?:or)?d|pass_?phrase|authorization|credential"
     r"|(?:private|api|access|account)[_-]?key"
-    r"|(?:access|api|auth|hf|sas|session|security)[_-]token)[\w-]*[\"']?[ \t]*"
+    r"|(?:access|api|auth|hf|sas|session|security)[_-]token)[\w-]{0,100}[\"']?[ \t]*"
 )
 _FIELD_SECRET = re.compile(
     rf"((?<![\w-]){_FIELD}[:=][ \t]*)"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import yaml
 
@@ -205,3 +207,10 @@ def test_other_keys_are_as_they_were(more):
     assert recipe.text == LINEAR + more or "storage_options" in more
     unused = load_recipe({"merge": "a", "models": {"a": "x", "token": "y"}})
     assert "doesn't use 'token'" in unused.warnings[0]
+
+
+@pytest.mark.parametrize("word", ["a://", "https:", "secret", "x:y", "?sig", "secret: {", 'key: "'])
+def test_texts_of_any_kind_are_looked_through_in_time_that_grows_with_their_length(word):
+    began = time.monotonic()
+    redact(word * (200_000 // len(word)))
+    assert time.monotonic() - began < 5  # a minute and more where repeats aren't bounded

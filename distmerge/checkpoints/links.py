@@ -36,10 +36,10 @@ def leads_away(root: str, path: str) -> bool:
     target = Path(os.path.realpath(path))
     if any(target.is_relative_to(place) for place in _homes(root)):
         return False
-    return target.is_dir() or not _is_a_models(os.path.basename(path), target)
+    return target.is_dir() or not _is_followed(os.path.basename(path), target)
 
 
-def _is_a_models(name: str, target: Path) -> bool:
+def _is_followed(name: str, target: Path) -> bool:
     """Weights by their own name, since they are read as weights and never copied; what would be
     copied by that of its target too: a link called vocab.txt may lead to somebody's key."""
     if name.endswith((*WEIGHT_SUFFIXES, *INDEX_SUFFIXES)):

@@ -122,4 +122,5 @@ def _checked(function: str, name: str, value: Any) -> Any:
             f"it is {kind.told}",
             fix=f"{name}={kind.example}",
         ) from None
+    # pydantic makes copies of lists and dicts, which may be of a kind of their own.
     return value if isinstance(value, Mapping | Sequence) else found
