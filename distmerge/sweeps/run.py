@@ -5,17 +5,15 @@ Each goes to OUT/NAME, and one that fails doesn't stop the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from distmerge.checkpoints.location import HUB_SCHEME
 from distmerge.checkpoints.store import OutputStore
-from distmerge.errors import DistmergeError, RecipeError, SweepFailed
-from distmerge.expressions.problems import SHOWN
+from distmerge.errors import RecipeError
 from distmerge.expressions.recipe_text import Given
 from distmerge.run.events import Event, Listener, silent
-from distmerge.run.merge import merge
 from distmerge.run.options import MergeOptions
 from distmerge.sweeps.definition import Candidate, Sweep, load_sweep
 from distmerge.sweeps.evaluation import ALL, Evaluator, Keep
@@ -32,12 +30,9 @@ from distmerge.sweeps.results import (
 )
 from distmerge.sweeps.scoring import Job, Scored, Scoring, ShouldStop, never, score_here
 from distmerge.sweeps.scratch import ANYWHERE, Scratch, Spool, spooling
-from distmerge.sweeps.together import fill
+from distmerge.sweeps.write_kept import Told, write_kept
 from distmerge.write.lease import LeaseKeeper, lease
 from distmerge.write.output import open_output, output_name
-
-Told = Callable[[Sequence[Result], Keep], None]
-"""Shows results, ranked as the second says."""
 
 
 def sweep(
@@ -167,7 +162,7 @@ def _score(
     """A result for each candidate; those that have scores already are left as they are."""
     known, evaluator = Results(output), scoring.evaluator
     found: dict[int, Result] = {}
-    jobs = []
+    jobs, doubt = [], False
     for i, (candidate, plan) in enumerate(zip(decided.candidates, decided.plans, strict=True)):
         earlier = known.find(candidate.name, plan.digest, evaluator.digest)
         if earlier is not None:
@@ -185,7 +180,21 @@ def _score(
         found[scored.number] = result
         output.write_bytes(TABLE, as_csv([found[i] for i in sorted(found)]).encode())
         listener(Event("score", {**score_summary(result), "done": len(found)}))
+        doubt = doubt or _tell_doubt(decided.keep, result, listener)
     return [found[i] for i in range(len(decided.candidates))]
+
+
+def _tell_doubt(keep: Keep, result: Result, listener: Listener) -> bool:
+    """Say at the first candidate, not only at the last, that `keep` goes by a score it lacks.
+
+    No error, as other candidates may have it.
+    """
+    if keep.metric is None or result.error is not None or keep.metric in result.scores:
+        return False
+    has = ", ".join(result.scores) or "none"
+    text = f"{result.name} has no score {keep.metric!r}, which keep: {keep} goes by; it has {has}"
+    listener(Event("notice", {"text": text}))
+    return True
 
 
 def scored_by(
@@ -225,76 +234,3 @@ def score_summary(result: Result) -> dict[str, Any]:
 
 def _fresh(candidate: Candidate) -> Result:
     return Result(candidate.name, candidate.settings)
-
-
-def write_kept(
-    decided: SweepPlan | None,
-    numbers: Sequence[int],
-    results: list[Result],
-    out: str,
-    settings: MergeOptions,
-    listener: Listener,
-    told: Told,
-    by: Keep,
-) -> list[Result]:
-    """Write these candidates, in `results` under these numbers, and say where they are.
-
-    Raises
-        SweepFailed: some, of all candidates, failed.
-    """
-    failed = _write(decided, out, settings, listener) if decided else {}
-    for number, candidate in zip(numbers, decided.candidates if decided else (), strict=True):
-        error = failed.get(candidate.name)
-        results[number] = replace(
-            results[number],
-            place=place_of(out, candidate) if error is None else None,
-            error=None if error is None else error.headline,
-        )
-    told(results, by)
-    unscored = {r.name: RecipeError(r.error) for r in results if r.error and r.name not in failed}
-    if failed or unscored:
-        raise sweep_failed({**unscored, **failed}, len(results))
-    return results
-
-
-def _write(
-    decided: SweepPlan, out: str, settings: MergeOptions, listener: Listener
-) -> dict[str, DistmergeError]:
-    """Merge and publish every candidate of the plan; the errors of those that failed."""
-    places = {candidate.name: place_of(out, candidate) for candidate in decided.candidates}
-    failed: dict[str, DistmergeError] = {}
-    options = vars(settings)
-    for number, members in enumerate(decided.passes):
-        if len(members) > 1:
-            text = f"pass {number + 1} of {len(decided.passes)}, {len(members)} candidates"
-            listener(Event("notice", {"text": text}))
-            plans = [decided.plans[i] for i in members]
-            to = [places[decided.candidates[i].name] for i in members]
-            fill(plans, to, decided.memories[number], settings, listener)
-        for i in members:
-            name = decided.candidates[i].name
-            listener(Event("notice", {"text": f"candidate {name}"}))
-            try:
-                merge(decided.plans[i], places[name], listener=listener, **options)
-            except DistmergeError as error:
-                failed[name] = error
-                listener(Event("notice", {"text": f"{name} failed: {error.headline}"}))
-    return failed
-
-
-def place_of(out: str, candidate: Candidate) -> str:
-    """Where a candidate is written."""
-    return f"{out.rstrip('/')}/{candidate.name}"
-
-
-def sweep_failed(failed: Mapping[str, DistmergeError], total: int) -> SweepFailed:
-    """What is raised once all others are done."""
-    facts = [f"{name}: {error.headline}" for name, error in list(failed.items())[:SHOWN]]
-    facts += [f"and {len(failed) - SHOWN} more"] if len(failed) > SHOWN else []
-    error = next(iter(failed.values()))
-    return SweepFailed(
-        f"{len(failed)} of {total} candidates failed; the others are done.",
-        *facts,
-        *error.facts,
-        fix=error.fix or "the same command tries them again",
-    )

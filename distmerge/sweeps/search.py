@@ -30,19 +30,12 @@ from distmerge.sweeps.evaluation import (
 from distmerge.sweeps.names import names_of
 from distmerge.sweeps.plan import SweepPlan, plan_sweep
 from distmerge.sweeps.results import Result, Results
-from distmerge.sweeps.run import (
-    Told,
-    kept,
-    result_of,
-    score_summary,
-    scored_by,
-    write_kept,
-    write_tables,
-)
+from distmerge.sweeps.run import kept, result_of, score_summary, scored_by, write_tables
 from distmerge.sweeps.scoring import Job, Scored, evaluated_at_once, plan_scoring
 from distmerge.sweeps.scratch import NOWHERE, Scratch, open_spool, spooling
 from distmerge.sweeps.space import Space
 from distmerge.sweeps.trials import Trials
+from distmerge.sweeps.write_kept import Told, write_kept
 from distmerge.write.lease import LeaseKeeper, lease
 from distmerge.write.local_output import LocalOutput
 from distmerge.write.output import open_output, output_name

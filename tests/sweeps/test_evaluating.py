@@ -95,6 +95,29 @@ def test_scores_are_those_of_single_merges_and_only_the_best_are_written(recipe,
     assert [float(row["parameters.lambda"]) for row in rows] == SCALES
 
 
+def test_a_score_that_keep_goes_by_is_missed_at_the_first_candidate(recipe, tmp_path):
+    """As a notice: others may have it. That none has is an error, and no score is lost."""
+    told, calls = [], []
+
+    def loss(state_dict):
+        calls.append(1)
+        return {"loss": judging.norm(state_dict)}
+
+    def listener(event):
+        told.append((event.kind, event.data.get("text", "")))
+
+    asked = {**recipe, "evaluate": loss}
+    out = str(tmp_path / "out")
+    with pytest.raises(RecipeError, match="no candidate has a score 'accuracy'"):
+        distmerge.sweep(asked, out, keep="best 1 by accuracy", listener=listener, **OPTIONS)
+    scored = [kind for kind, _ in told].index("score")
+    missed = [i for i, (kind, text) in enumerate(told) if "no score 'accuracy'" in text]
+    assert missed == [scored + 1]
+    assert "it has loss" in told[missed[0]][1]
+    results = distmerge.sweep(asked, out, keep="best 1 by loss", **OPTIONS)
+    assert len(calls) == len(results) == len(SCALES)
+
+
 def test_the_table_grows_with_each_score(recipe, tmp_path):
     out, seen = tmp_path / "out", []
 

@@ -86,6 +86,14 @@ def test_a_candidate_that_fails_does_not_stop_the_others(models, tmp_path):
     assert written == {"lambda=1.0", "lambda=0.5"}
 
 
+def test_where_all_fail_none_is_called_done(models, tmp_path):
+    keys = recipe(models, merge_method="task_arithmetic", parameters={"weight": 1.0})
+    sweep = load_sweep({**keys, "grid": {"parameters.lambda": [3e38, -3e38]}})
+    with pytest.raises(SweepFailed, match="Every candidate failed, 2 of 2") as raised:
+        run_sweep(sweep, str(tmp_path / "out"), OPTIONS)
+    assert "done" not in str(raised.value)
+
+
 def test_candidates_that_do_not_fit_are_refused_before_anything_is_written(models, tmp_path):
     other = save_model({"z": torch.ones(3)}, tmp_path / "other")
     keys = recipe(models, merge_method="linear", base_model=None, parameters={"weight": 1})
