@@ -87,4 +87,6 @@ def _belongs(line: str, field: re.Match[str]) -> bool:
     """Whether a line is a part of the value of the field above it."""
     bare, width = line.lstrip(" \t"), len(field[1])
     deep = len(line) - len(bare)
-    return bool(bare) and (deep > width or (deep == width and not field[3] and bare[0] == "-"))
+    if not bare:  # an empty line ends no value
+        return True
+    return deep > width or (deep == width and not field[3] and bare[0] == "-")

@@ -209,6 +209,15 @@ def test_other_keys_are_as_they_were(more):
     assert "doesn't use 'token'" in unused.warnings[0]
 
 
+@pytest.mark.parametrize("gap", ["", "   "])
+@pytest.mark.parametrize("style", ["|", "'"])
+def test_a_secret_of_several_lines_goes_whole(style, gap):
+    """PyYAML writes the line breaks of a string as empty lines."""
+    told = yaml.safe_dump({"private_key": f"one\n\n{SECRET}\n", "z": 1}, default_style=style)
+    assert SECRET not in redact(told.replace("\n\n", f"\n{gap}\n"))
+    assert redact(told).splitlines()[-1].startswith(("z: ", "'z': ", '"z": '))
+
+
 @pytest.mark.parametrize("word", ["a://", "https:", "secret", "x:y", "?sig", "secret: {", 'key: "'])
 def test_texts_of_any_kind_are_looked_through_in_time_that_grows_with_their_length(word):
     began = time.monotonic()

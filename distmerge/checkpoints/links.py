@@ -2,8 +2,8 @@
 
 A link that stays in the folder is, and so is one into the blobs of the Hub cache that the folder
 is a snapshot of. Of what leads elsewhere a file is read if it, and what the link leads to, is
-named as a model's files are: people link weights and tokenizers. Whatever else is behind a link is
-somebody's own.
+named as a model's files are: people link weights and tokenizers. Stores that name files by their
+content may call it anything. Whatever else is behind a link is somebody's own.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ _OF_A_MODEL = re.compile(
     + r"|(?:.*_)?config\.json|README\.md|model_index\.json|modules\.json"
     r"|tokenizer\.json|(?:special_tokens_map|added_tokens|vocab|tekken|chat_template)\.json"
     r"|vocab\.txt|merges\.txt|chat_template\.jinja"
-    r"|(?:tokenizer|spiece|sentencepiece\.bpe)\.model|source\.spm|.*\.tiktoken"
+    r"|(?:tokenizer|spiece|sentencepiece\.bpe)\.model(?:\.v\d+)?|(?:source|target)\.spm"
+    r"|.*\.tiktoken|bpe\.codes|config_sentence_transformers\.json"
     r"|(?:modeling|configuration|tokenization|processing|image_processing)_\w+\.py"
 )
+
+_CONTENT_STORE = re.compile(r"/\.git/annex/objects/|/\.dvc/cache/")
 
 
 def is_named_as_a_models(name: str) -> bool:
@@ -44,8 +47,14 @@ def _is_followed(name: str, target: Path) -> bool:
     copied by that of its target too: a link called vocab.txt may lead to somebody's key."""
     if name.endswith((*WEIGHT_SUFFIXES, *INDEX_SUFFIXES)):
         return True
-    is_blob = target.parent.name == "blobs" and (target.parent.parent / "snapshots").is_dir()
-    return is_named_as_a_models(name) and (is_blob or is_named_as_a_models(target.name))
+    return is_named_as_a_models(name) and (_is_blob(target) or is_named_as_a_models(target.name))
+
+
+def _is_blob(target: Path) -> bool:
+    """Is it in a store that names files by their content: the Hub cache, git-annex, DVC?"""
+    if target.parent.name == "blobs":
+        return (target.parent.parent / "snapshots").is_dir()
+    return _CONTENT_STORE.search(target.as_posix()) is not None
 
 
 def _homes(root: str) -> list[str]:

@@ -45,14 +45,21 @@ class Rule:
         pattern, end = regex.compile(self.pattern), time.monotonic() + LONGEST_SEARCH
         for key in keys:
             try:
-                left = max(end - time.monotonic(), 0.01)
-                yield pattern.sub(self.to, key, timeout=left)
+                yield pattern.sub(self.to, key, timeout=_until(end))
             except TimeoutError:
                 raise ParameterError(
                     f"rename's {self.pattern!r} takes too long on {key!r}.",
                     f"all keys of a model have {LONGEST_SEARCH:g} s",
                     fix="don't repeat a group that holds repeats or |: a+ instead of (a|aa)+",
                 ) from None
+
+
+def _until(end: float) -> float:
+    """Seconds that are left. Raises TimeoutError: none."""
+    left = end - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
 
 
 def read_rules(given: Any) -> tuple[Rule, ...]:
@@ -83,7 +90,7 @@ def _rule(given: Any) -> Rule:
         try:
             re.compile(pattern).sub(to, "")
             regex.compile(pattern)
-        except (re.error, regex.error, IndexError) as error:
+        except (re.error, regex.error, IndexError, OverflowError, RecursionError) as error:
             reason = f"{pattern!r} -> {to!r} is not a regular expression and its replacement"
             raise ParameterError(
                 f"{reason}: {error}.", fix="Python's re describes them; prefix: takes plain text"

@@ -13,6 +13,8 @@ from distmerge.errors import RecipeError
 _SHORTEST = 4
 """Characters of a value that is taken out of texts; a shorter one is a part of many words."""
 
+_LONGEST_WORD = 8
+
 
 def by_prefix(options: StorageOptions) -> bool:
     """Whether the options are given for URL prefixes: `{"s3://bucket/": {"key": ...}}`."""
@@ -69,7 +71,13 @@ def quoted(error: BaseException, secrets: Sequence[str]) -> str:
     text = str(error).strip()
     if not secrets:
         return text
-    return re.sub("|".join(map(re.escape, secrets)), "***", text, flags=re.IGNORECASE)
+    return re.sub("|".join(map(_apart, secrets)), "***", text, flags=re.IGNORECASE)
+
+
+def _apart(secret: str) -> str:
+    """A pattern. What is an ordinary word, as `path` or `auto` are, isn't looked for in others."""
+    is_word = secret.isalpha() and secret.islower() and len(secret) <= _LONGEST_WORD
+    return rf"\b{secret}\b" if is_word else re.escape(secret)
 
 
 def _words(value: Any) -> Iterator[str]:

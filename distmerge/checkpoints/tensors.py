@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 if TYPE_CHECKING:
     from distmerge.checkpoints.views import View
@@ -141,7 +142,8 @@ class Checkpoint:
     @property
     def is_lone_file(self) -> bool:
         """Was it named as one file, so that nothing beside it is a part of it?"""
-        return list(self.files) == [self.own_url.rpartition("/")[2]]
+        name = self.own_url.rpartition("/")[2]
+        return list(self.files) in ([name], [unquote(name)])
 
     def source(self, number: int) -> Checkpoint:
         """The checkpoint that a view's part is in: itself, one of the others, or borrowed."""

@@ -54,33 +54,40 @@ def sweep(
     """Merge many variants of one recipe."""
     from distmerge.run.options import MergeOptions
     from distmerge.sweeps.definition import load_sweep
-    from distmerge.sweeps.plan import plan_sweep
     from distmerge.sweeps.scratch import Scratch
 
     check_lasting(out)
     wanted = load_sweep(space, overrides=overrides or (), strict=strict)
     for text in wanted.warnings:
         warn(text)
-    settings = MergeOptions(
-        engine=engine.value,
-        address=address,
-        workers=workers,
-        allowed_mem=allowed_mem,
-        max_shard_size=max_shard_size,
-        out_dtype=out_dtype,
-        device=device.value,
-        seed=seed,
-        overwrite=overwrite,
-        allow_non_finite=allow_non_finite,
-        strict=strict,
-    )
+    given = {
+        "engine": engine.value,
+        "address": address,
+        "workers": workers,
+        "allowed_mem": allowed_mem,
+        "max_shard_size": max_shard_size,
+        "out_dtype": out_dtype,
+        "device": device.value,
+        "seed": seed,
+        "overwrite": overwrite,
+        "allow_non_finite": allow_non_finite,
+        "strict": strict,
+    }
+    settings = MergeOptions.of("sweep", given)
     where = Scratch(scratch, scratch_size)
     if dry_run:
-        with watching(told=wanted.warnings) as watcher:
-            decided = plan_sweep(wanted, settings, out=out, scratch=where, listener=watcher)
-        show_plan(decided, as_json=as_json)
-        return
+        return _show(wanted, out, settings, where, as_json=as_json)
     _run(wanted, out, settings, where, event_log, as_json=as_json, quiet=quiet)
+
+
+def _show(
+    wanted: Sweep, out: str, settings: MergeOptions, scratch: Scratch, *, as_json: bool
+) -> None:
+    from distmerge.sweeps.plan import plan_sweep
+
+    with watching(told=wanted.warnings) as watcher:
+        decided = plan_sweep(wanted, settings, out=out, scratch=scratch, listener=watcher)
+    show_plan(decided, as_json=as_json)
 
 
 def _run(
@@ -94,14 +101,14 @@ def _run(
     quiet: bool,
 ) -> None:
     from distmerge.run.log_file import logged
-    from distmerge.sweeps.run import run_sweep
+    from distmerge.sweeps.plan import plan_sweep
+    from distmerge.sweeps.run import run_planned
 
-    with (
-        watching(json=as_json, quiet=quiet, told=wanted.warnings) as watcher,
-        logged(event_log, watcher) as listener,
-    ):
-        told = (lambda results, by: None) if as_json or quiet else show_results
-        run_sweep(wanted, out, settings, scratch=scratch, listener=listener, told=told)
+    told = (lambda results, by: None) if as_json or quiet else show_results
+    with watching(json=as_json, quiet=quiet, told=wanted.warnings) as watcher:
+        decided = plan_sweep(wanted, settings, out=out, scratch=scratch, listener=watcher)
+        with logged(event_log, watcher, decided.checkpoints) as listener:
+            run_planned(decided, out, settings, listener=listener, told=told)
 
 
 def show_results(results: Sequence[Result], keep: Keep) -> None:

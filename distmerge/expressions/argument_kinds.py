@@ -7,6 +7,7 @@ own (sizes, dtypes, models, recipes) are not here.
 from __future__ import annotations
 
 import functools
+import operator
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
@@ -18,8 +19,22 @@ from distmerge.errors import ParameterError
 
 def _whole(value: Any) -> Any:
     """Whole numbers of numpy and torch as Python's."""
-    index = None if isinstance(value, bool) else getattr(type(value), "__index__", None)
-    return value if index is None else index(value)
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:  # arrays have it, too, whatever is in them
+        return value
+
+
+def _switch(value: Any) -> Any:
+    """Truth values of numpy as Python's."""
+    return bool(value) if type(value).__module__ == "numpy" and hasattr(value, "item") else value
+
+
+def _device(value: Any) -> Any:
+    """torch's devices by name."""
+    return str(value) if type(value).__module__ == "torch" and hasattr(value, "index") else value
 
 
 def _text(value: Any) -> Any:
@@ -41,14 +56,16 @@ class Kind(NamedTuple):
     """Is the value kept out of messages?"""
 
 
-_SWITCH = Kind(StrictBool, "True or False", "True")
+_SWITCH = Kind(Annotated[StrictBool, BeforeValidator(_switch)], "True or False", "True")
 _CALLED = Kind(Callable[..., Any], "a function, called with each event", "print")
 KINDS: Mapping[str, Kind] = {
     "engine": Kind(StrictStr, "'local' or 'ray'", "'local'"),
     "address": Kind(StrictStr | None, "a Ray cluster's address, or None", "'auto'"),
     "workers": Kind(Whole | None, "a whole number, 1 or more, or None", "4"),
     "device": Kind(
-        Annotated[StrictStr, Field(pattern=r"^(cpu|cuda(:[0-9]{1,3})?)$")],
+        Annotated[
+            StrictStr, Field(pattern=r"^(cpu|cuda(:[0-9]{1,3})?)$"), BeforeValidator(_device)
+        ],
         "'cpu', 'cuda' or 'cuda:1'",
         "'cpu'",
     ),

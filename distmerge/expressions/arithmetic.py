@@ -17,7 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distmerge.errors import DtypeMismatch, ParameterError, RecipeError, ShapeMismatch
+from distmerge.errors import (
+    DistmergeError,
+    DtypeMismatch,
+    ParameterError,
+    RecipeError,
+    ShapeMismatch,
+)
 from distmerge.expressions.nodes import OnMissing, Operator
 from distmerge.methods.parameters import LARGEST, SMALLEST, in_float32
 
@@ -162,6 +168,8 @@ def dict_of_tensors(args: tuple[Any, ...]) -> Iterator[None]:
     """Raises RecipeError: no dict can be made of these arguments."""
     try:
         yield
+    except DistmergeError:  # of what a lazy one reads
+        raise
     except (TypeError, ValueError):
         if not args or isinstance(args[0], Iterator):  # what it yields has failed
             raise

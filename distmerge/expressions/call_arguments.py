@@ -147,9 +147,11 @@ def bind(method: MergeMethod, args: Sequence[Any], keywords: Mapping[str, Any]) 
             f"{method.name} needs {lacking[0]!r}, a list.", fix=f"{method.name}([...])"
         )
     inputs = {name: _listed(method, name, given.pop(name)) for name in method.inputs}
+    given |= checked(
+        method.name, {n: given[n] for n in _CHECKED & given.keys() if given[n] is not None}
+    )
     known = {option.name for option in fields(CallOptions)}
     options = CallOptions(**{name: given[name] for name in known & given.keys()})
-    checked(method.name, {n: given[n] for n in _CHECKED & given.keys() if given[n] is not None})
     _check_options(method, options)
     own = {n: v for n, v in given.items() if n not in known or n in method.parameters}
     if "verbose" in method.parameters or (method.accepts_any and options.verbose):

@@ -252,6 +252,7 @@ def check_size(size: int, what: str) -> None:
         raise RecipeError(
             f"{what} uses its own parts too often.",
             f"written out in full it has more than {LARGEST_EXPRESSION:,} nodes",
+            "m + t * (x - m) uses m twice, and each step doubles it: m * (1 - t) + t * x doesn't",
             fix="merge a part that is used often first, and name the result as a model",
         )
 

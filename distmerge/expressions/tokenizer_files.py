@@ -21,6 +21,7 @@ NAMES = (
     "spiece.model",
     "sentencepiece.bpe.model",
     "source.spm",
+    "target.spm",
     TEMPLATE,
     "chat_template.json",
     "tekken.json",

@@ -16,7 +16,7 @@ from typing import Any
 
 import cloudpickle
 
-from distmerge.errors import UnknownMethod
+from distmerge.errors import DistmergeError, UnknownMethod
 
 
 def load_function(spelling: str) -> Any:
@@ -87,8 +87,11 @@ def _module_by_name(place: str) -> ModuleType:
         )
     try:
         return importlib.import_module(place)
+    except DistmergeError:  # of what it declares
+        raise
     except (Exception, SystemExit) as error:
+        lacks = isinstance(error, ImportError)
         raise UnknownMethod(
             f"Module {place!r} can't be imported: {type(error).__name__}: {error}",
-            fix="install it, or give a path ending in .py",
+            fix="install it, or give a path ending in .py" if lacks else f"python -m {place}",
         ) from error

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from distmerge.checkpoints.heads import read_bytes, read_json
+from distmerge.checkpoints.layout import listed
 from distmerge.checkpoints.local_store import LocalStore
 from distmerge.checkpoints.tensors import Checkpoint, FileInfo
-from distmerge.errors import MalformedCheckpoint
+from distmerge.errors import MalformedCheckpoint, shown
 from distmerge.expressions.request import MergeRequest
 from distmerge.expressions.tokenizer_files import NAMES
 from distmerge.write.donor_files import files_to_copy
@@ -31,9 +32,13 @@ def with_beside(request: MergeRequest) -> MergeRequest:
 
 
 def _left_out(store: LocalStore, donor: Checkpoint) -> Iterator[str]:
+    found: dict[str, list[str]] = {}
     for path, kind in store.left_out().items():
         if path == "config.json" or files_to_copy({path: FileInfo(path, 0, "")}):
-            yield f"{path} of {donor.url} is {kind}, and isn't copied."
+            found.setdefault(kind, []).append(shown(path))
+    for kind, paths in found.items():
+        are = f"is {kind}, and isn't" if len(paths) == 1 else f"are each {kind}, and aren't"
+        yield f"{listed(paths)} of {donor.url} {are} copied."
 
 
 def _broken(store: LocalStore, donor: Checkpoint, replaced: frozenset[str]) -> Iterator[str]:

@@ -78,7 +78,9 @@ def merge(what: Any, out: str, *, listener: Listener = silent, **options: Any) -
     if not published.holds(decided.digest):
         check_place(decided, output, published, settings)
     if settings.keep_intermediates is not None:
-        for inner, place, own in intermediates(decided, settings.keep_intermediates, options):
+        for inner, place, own in intermediates(
+            decided, settings.keep_intermediates, output.root, options
+        ):
             merge(inner, place, listener=listener, **own)
     if not published.holds(decided.digest):
         summary = _write(decided, output, settings, listener)

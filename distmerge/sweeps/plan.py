@@ -75,6 +75,12 @@ class SweepPlan:
         return sum(sizes[: self.keep.count])
 
     @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """Every model that some candidate reads, once."""
+        found = {one.url: one for plan in self.plans for one in plan.checkpoints}
+        return list(found.values())
+
+    @property
     def projected(self) -> int:
         """Bytes of a worker in the pass that needs most."""
         return max(memory.projected for memory in self.memories)

@@ -100,6 +100,18 @@ def run_sweep(
         DistmergeError: as `plan_sweep`, before anything is written.
     """
     decided = plan_sweep(sweep, settings, out=out, scratch=scratch, listener=listener)
+    return run_planned(decided, out, settings, listener=listener, told=told)
+
+
+def run_planned(
+    decided: SweepPlan,
+    out: str,
+    settings: MergeOptions,
+    *,
+    listener: Listener = silent,
+    told: Told = lambda results, by: None,
+) -> list[Result]:
+    """As `run_sweep`, of what has been planned for that place under these options."""
     plain = replace(settings, overrides=(), strict=False)
     spool = decided.spool if isinstance(decided.spool, Spool) else None
     if decided.scoring is None:

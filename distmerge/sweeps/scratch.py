@@ -45,6 +45,8 @@ class Scratch:
 
     def __post_init__(self) -> None:
         """Raises RecipeError: the size is none."""
+        if self.folder is not None:
+            object.__setattr__(self, "folder", os.fspath(self.folder))
         if self.size is not None:
             parse_size(self.size)
 

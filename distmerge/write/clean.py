@@ -12,12 +12,12 @@ from pathlib import Path
 from distmerge.checkpoints.spool import remove_abandoned
 from distmerge.checkpoints.store import OutputStore, StorageOptions
 from distmerge.errors import OutputError
-from distmerge.write.index import INDEX_FILE, SINGLE_FILE, shard_names
+from distmerge.write.index import INDEX_FILE, SINGLE_FILE, shard_count
 from distmerge.write.lease import LEASE_FILE, lease, read_lease
 from distmerge.write.local_output import LocalOutput
 from distmerge.write.manifest import EVENTS_FILE, MANIFEST_FILE, Manifest
 from distmerge.write.output import open_output
-from distmerge.write.publish import clean_staging, is_staged, is_weights
+from distmerge.write.publish import clean_staging, is_staged
 
 _OF = re.compile(r"-of-(\d{5,6})\.safetensors\.json$")
 _UNITS = re.compile(rb'^\{"event": "plan", .*?"units": (\d{1,6})\b', re.MULTILINE)
@@ -60,9 +60,9 @@ def clean(out: str, *, storage_options: StorageOptions | None = None) -> Cleaned
 
 
 def leftovers(output: OutputStore, files: Iterable[str], *, began: bool) -> set[str]:
-    """Files of runs that didn't end.
+    """Files of runs that didn't end; of shards those that what lies there of a run tells of.
 
-    began: whether a run's lease was there; else its receipts tell that one has begun.
+    began: whether a run's lease was there.
     """
     staged = {path for path in files if is_staged(path)} - {LEASE_FILE}
     if not staged and not began:
@@ -73,10 +73,8 @@ def leftovers(output: OutputStore, files: Iterable[str], *, began: bool) -> set[
         named = _in_index(output)
     else:
         named = set()
-    weights = {path for path in files if is_weights(path)} - named
-    if staged and not began:
-        weights &= _shards_begun(output, staged)
-    stale = staged | weights
+    counts = _counts_begun(output, staged)
+    stale = staged | {path for path in files if shard_count(path) in counts} - named
     if not named:
         stale |= {path for path in files if path == EVENTS_FILE}
     if not named and MANIFEST_FILE in files:
@@ -85,13 +83,13 @@ def leftovers(output: OutputStore, files: Iterable[str], *, began: bool) -> set[
     return stale
 
 
-def _shards_begun(output: OutputStore, staged: Iterable[str]) -> set[str]:
-    """Names of the shards of the runs that receipts, or logs where none is whole, tell of."""
+def _counts_begun(output: OutputStore, staged: Iterable[str]) -> set[int]:
+    """How many shards there are in each run that receipts, or logs where none is whole, tell of."""
     counts = {int(found[1]) for path in staged if (found := _OF.search(path))}
     for path in staged:
         if path.endswith("/events.jsonl"):
             counts |= {int(n) for n in _UNITS.findall(output.read_bytes(path))}
-    return {name for count in counts if count > 1 for name in shard_names(count)}
+    return counts
 
 
 def _in_index(output: OutputStore) -> set[str]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from distmerge.checkpoints.hub_account import HubAccount
 from distmerge.checkpoints.location import HUB_SCHEME, locate
 from distmerge.checkpoints.retry import DEFAULT_POLICY, RetryPolicy, http_status, retrying
+from distmerge.checkpoints.storage_options import quoted
 from distmerge.checkpoints.tensors import FileInfo
 from distmerge.errors import CheckpointError, OutputError, ReadFailed
 
@@ -192,7 +193,7 @@ class HubRepository:
             return retrying(
                 lambda: _within(PATIENCE, action) if limited else action(),
                 what=place,
-                explain=lambda error: explain_writing(error, place),
+                explain=lambda error: explain_writing(error, place, self._account.secrets),
                 policy=self._policy,
                 secrets=self._account.secrets,
             )
@@ -202,8 +203,13 @@ class HubRepository:
             ) from error.__cause__
 
 
-def explain_writing(error: Exception, place: str) -> OutputError | None:
-    """What a final refusal means to the person who named the output."""
+def explain_writing(
+    error: Exception, place: str, secrets: Sequence[str] = ()
+) -> OutputError | None:
+    """What a final refusal means to the person who named the output.
+
+    secrets: taken out of what the Hub says.
+    """
     from huggingface_hub import errors
 
     status = http_status(error)
@@ -218,7 +224,7 @@ def explain_writing(error: Exception, place: str) -> OutputError | None:
     if status in (401, 403) or isinstance(error, errors.RepositoryNotFoundError):
         return OutputError(
             f"You may not write {place}.",
-            f"the Hub says: {_first_line(error)}",
+            f"the Hub says: {_last_line(error, secrets)}",
             fix="hf auth login, or set HF_TOKEN to a token with write access to it",
         )
     return None
@@ -256,8 +262,8 @@ def _or_none(action: Callable[[], Answer]) -> Answer | None:
     return None
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+def _last_line(error: Exception, secrets: Sequence[str]) -> str:
+    lines = [line.strip() for line in quoted(error, secrets).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
 

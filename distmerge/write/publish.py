@@ -85,6 +85,17 @@ def check_apart(output: OutputStore, models: Iterable[Checkpoint]) -> None:
         )
 
 
+def check_intermediate(output: OutputStore, out: str, models: Iterable[Checkpoint]) -> None:
+    """Raises OutputExists: an intermediate merge would be written over a model, or where the merge
+    that uses it goes."""
+    check_apart(output, models)
+    if _place(output.root) == _place(out):
+        raise OutputExists(
+            f"{output.root} is where an intermediate merge goes, and the merge itself.",
+            fix="choose another output, or another folder for intermediate merges",
+        )
+
+
 def check_outside(place: str, what: str, models: Iterable[Checkpoint]) -> None:
     """Raises OutputError if a place is a model's folder or in one: it would be a part of it."""
     wanted = _place(place)

@@ -78,6 +78,12 @@ def test_values_that_are_refused_are_told_without_being_shown(options):
         assert "***" in str(raised.value)
 
 
+def test_a_value_that_is_a_word_is_left_in_other_words():
+    secrets = secret_values({"s3": {"addressing_style": "path"}, "region": "auto", "k": "aB3x"})
+    told = quoted(ValueError("automatic path, pathlib, auto; kAb3X1"), secrets)
+    assert told == "automatic ***, pathlib, ***; k***1"
+
+
 def test_values_are_taken_out_whole_and_where_they_are_nested():
     secrets = secret_values({"http": {"proxies": ["http://me:pass word@host:1/"], "x": "abc"}})
     told = quoted(ValueError("http://me:pass word@host:1/x, HOST:1, pass word, abc"), secrets)

@@ -26,6 +26,15 @@ def test_a_dry_run_shows_candidates_and_cost_and_writes_nothing(here):
     ]
 
 
+def test_its_log_is_in_no_models_folder(here):
+    path = recipe("sweep.yml", grid={"models.0.parameters.weight": [0.5, 1.0]})
+    done = call("sweep", path, "out", "--event-log", "a/log.jsonl")
+    assert done.exit_code == 2
+    assert "The event log a/log.jsonl is in the folder of" in done.stderr
+    assert not (here / "a/log.jsonl").exists()
+    assert not (here / "out").exists()
+
+
 def test_candidates_are_written_and_load(here):
     path = recipe("sweep.yml", grid={"models.0.parameters.weight": [0.5, 1.0]})
     result = call("sweep", path, "out")

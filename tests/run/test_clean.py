@@ -21,6 +21,8 @@ from distmerge.checkpoints import spool
 from distmerge.errors import OutputError, OutputExists, OutputLocked
 from distmerge.run.events import Event
 from distmerge.write.clean import clean
+from distmerge.write.lease import LEASE_FILE, lease
+from distmerge.write.local_output import LocalOutput
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +162,12 @@ def test_what_lies_among_a_runs_files_and_isnt_its_own_stays(recipe, tmp_path):
     assert names_below(tmp_path) == own | shards
     with pytest.raises(OutputExists):
         distmerge.merge(recipe, str(tmp_path))
+    # A search that was killed before it wrote anything has left its lease.
+    with lease(LocalOutput(tmp_path)):
+        left = (tmp_path / LEASE_FILE).read_text()
+    (tmp_path / LEASE_FILE).write_text(json.dumps({**json.loads(left), "heartbeat": 0.0}))
+    assert clean(str(tmp_path)).files == ()
+    assert names_below(tmp_path) == own | shards
     # Of a run of three shards that failed, the log and one shard without its receipt.
     log = f".distmerge/{'d' * 32}/events.jsonl"
     begun = "model-00001-of-00003.safetensors"

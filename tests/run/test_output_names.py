@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 import distmerge
 from distmerge.cli.app import app
-from distmerge.errors import OutputError
+from distmerge.errors import OutputError, OutputExists
 from distmerge.run.merge import plan
 from distmerge.write.clean import clean
 from distmerge.write.index import INDEX_FILE
@@ -164,8 +165,15 @@ def test_intermediate_merges_go_to_no_models_folder_and_have_names(recipe, tmp_p
     ):
         with pytest.raises(OutputError, match=told):
             distmerge.merge(nested(name), out, keep_intermediates=place)
+    shutil.copytree(tmp_path / "m0", tmp_path / "inner")
+    uses = nested("inner")
+    uses[1]["models"].append({"model": str(tmp_path / "inner")})
+    with pytest.raises(OutputExists, match="holds one of the models"):
+        distmerge.merge(uses, out, keep_intermediates=str(tmp_path), overwrite=True)
+    with pytest.raises(OutputExists, match="intermediate merge goes, and the merge itself"):
+        distmerge.merge(nested("out"), out, keep_intermediates=str(tmp_path))
     assert no_reads == []
-    assert sorted(os.listdir(tmp_path)) == ["m0", "m1"]
+    assert sorted(os.listdir(tmp_path)) == ["inner", "m0", "m1"]
 
 
 @pytest.mark.parametrize(

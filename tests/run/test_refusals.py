@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from run.family import names_below, save_model, tensors_at
@@ -88,6 +89,32 @@ def test_not_a_number_is_no_count_and_a_misspelt_option_is_told(tmp_path):
     with pytest.raises(ParameterError, match="no option 'overwrit'") as raised:
         distmerge.merge({}, str(tmp_path), overwrit=True)
     assert raised.value.fix == "write 'overwrite='"
+
+
+@pytest.mark.parametrize("given", [np.array([1, 2]), torch.tensor(1.5), torch.ones(2)])
+def test_an_array_is_no_whole_number(given):
+    with pytest.raises(ParameterError, match="workers can't be"):
+        distmerge.merge({}, "out", workers=given)
+    with pytest.raises(ParameterError, match="seed can't be"):
+        distmerge.linear([{}], seed=given)
+
+
+def test_numbers_switches_and_devices_of_numpy_and_torch_are_as_pythons(tmp_path):
+    models = [dict(model) for model in small_models(2)]
+    plain = distmerge.dare_linear(models, base_index=0, density=0.5, seed=3)
+    for seed in (torch.tensor(3), np.uint8(3)):
+        same = distmerge.dare_linear(models, base_index=0, density=0.5, seed=seed)
+        assert all(torch.equal(same[key], plain[key]) for key in plain)
+    given = {"overwrite": np.True_, "device": torch.device("cpu"), "workers": np.int64(1)}
+    distmerge.merge(linear(saved(tmp_path)), str(tmp_path / "out"), **given)
+    assert (tmp_path / "out/model.safetensors").exists()
+
+
+def test_what_fails_in_a_lazy_state_dict_is_told_as_it_is(tmp_path):
+    first, second = saved(tmp_path, second={"a": torch.ones(1, 2, 3)})
+    lazy = distmerge.open(first) + distmerge.open(second)
+    with pytest.raises(ShapeMismatch):
+        distmerge.StateDict(lazy)
 
 
 @pytest.mark.parametrize(

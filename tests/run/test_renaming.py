@@ -209,6 +209,8 @@ def test_a_rule_that_fits_nothing_is_told(here, tmp_path):
         ([{"regex": "(", "to": ""}], "'(' -> '' is not a regular expression"),
         ([{"regex": "a", "to": r"\1"}], r"invalid group reference"),
         ([{"regex": "a", "to": r"\g<b>"}], "unknown group name"),
+        ([{"regex": "a{99999999999}", "to": ""}], "is not a regular expression"),
+        ([{"regex": "(" * 5000 + ")" * 5000, "to": ""}], "is not a regular expression"),
         ([{"prefix": "a"}], "{'prefix': 'a'} is no rule to rename by"),
         ([{"prefix": "a", "regex": "a", "to": "b"}], "is no rule to rename by"),
         ([{"prefix": 1, "to": "b"}], "renames something that is no name"),
@@ -232,6 +234,16 @@ def test_a_regular_expression_that_takes_ages_is_refused(here, monkeypatch):
     with pytest.raises(ParameterError, match="takes too long on") as raised:
         distmerge.open("other", rename=[{"regex": r"^(.|..)+\s$", "to": ""}])
     assert raised.value.fix
+
+
+def test_the_time_is_that_of_all_keys_together(here, monkeypatch):
+    seconds = iter([0.0, 4.0, 9.9, 10.0])
+    monkeypatch.setattr(renaming.time, "monotonic", lambda: next(seconds))
+    rule = renaming.Rule("^a", "b", is_regex=True)
+    names = rule.on(["a1", "a2", "a3"])
+    assert [next(names), next(names)] == ["b1", "b2"]
+    with pytest.raises(ParameterError, match="takes too long on 'a3'"):
+        next(names)
 
 
 def test_the_command_says_where_a_wrong_rule_stands(here, tmp_path):

@@ -170,7 +170,7 @@ def linked(tmp_path):
 def test_of_links_that_lead_away_only_a_models_files_are_followed(linked, tmp_path):
     made = {"merge_method": "linear", "models": [str(linked)], "parameters": {"weight": 1.0}}
     told = [text for text in plan(made).request.warnings if "another place" in text]
-    assert [text.split(" of ")[0] for text in told] == ["ml", "notes.txt", "source.spm"]
+    assert [text.split(" of ")[0] for text in told] == ["ml, notes.txt, source.spm"]
     distmerge.merge(made, str(tmp_path / "out"))
     assert {"vocab.json", "again.txt", "own/part.txt"} <= names_below(tmp_path / "out")
     assert b"secret" not in {p.read_bytes() for p in (tmp_path / "out").rglob("*.*")}
@@ -192,6 +192,30 @@ def test_a_snapshot_of_the_hub_cache_is_links_to_its_blobs(tmp_path):
         assert set(store.files()) == {"notes.txt", "1_Pooling/any.txt"}
         assert store.left_out() == {}
     assert set(LocalStore(str(snapshot / "1_Pooling")).files()) == {"any.txt"}
+
+
+@pytest.mark.parametrize("store", [".git/annex/objects/Xk/9Q/SHA256E-s2--ab.json", ".dvc/cache/ab"])
+def test_links_into_a_store_that_names_files_by_content_are_followed(tmp_path, store):
+    kept, folder = tmp_path / store, tmp_path / "model"
+    for made in (kept.parent, folder):
+        made.mkdir(parents=True)
+    kept.write_text("{}")
+    names = {"config.json", "target.spm", "tokenizer.model.v3", "bpe.codes"}
+    for name in (*names, "notes.txt"):
+        (folder / name).symlink_to(kept)
+    assert set(LocalStore(str(folder)).files()) == names
+
+
+def test_many_links_that_are_left_are_one_warning(tmp_path):
+    folder = Path(save_model(small_models(1)[0], tmp_path / "model"))
+    (tmp_path / "x").write_text("x")
+    for number in range(40):
+        (folder / f"note\n{number}.txt").symlink_to(tmp_path / "x")
+    made = {"merge_method": "linear", "models": [str(folder)], "parameters": {"weight": 1.0}}
+    (told,) = [text for text in plan(made).request.warnings if "another place" in text]
+    assert "more of " in told
+    assert "aren't copied" in told
+    assert "\n" not in told
 
 
 @pytest.mark.parametrize(
