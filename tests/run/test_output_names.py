@@ -167,7 +167,7 @@ def test_intermediate_merges_go_to_no_models_folder_and_have_names(recipe, tmp_p
             distmerge.merge(nested(name), out, keep_intermediates=place)
     shutil.copytree(tmp_path / "m0", tmp_path / "inner")
     uses = nested("inner")
-    uses[1]["models"].append({"model": str(tmp_path / "inner")})
+    uses[1]["models"].append({**recipe["models"][0], "model": str(tmp_path / "inner")})
     with pytest.raises(OutputExists, match="holds one of the models"):
         distmerge.merge(uses, out, keep_intermediates=str(tmp_path), overwrite=True)
     with pytest.raises(OutputExists, match="intermediate merge goes, and the merge itself"):

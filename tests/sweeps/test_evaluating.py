@@ -106,15 +106,14 @@ def test_a_score_that_keep_goes_by_is_missed_at_the_first_candidate(recipe, tmp_
     def listener(event):
         told.append((event.kind, event.data.get("text", "")))
 
-    asked = {**recipe, "evaluate": loss}
-    out = str(tmp_path / "out")
+    out, asked = str(tmp_path / "out"), {"evaluate": loss, "listener": listener, **OPTIONS}
     with pytest.raises(RecipeError, match="no candidate has a score 'accuracy'"):
-        distmerge.sweep(asked, out, keep="best 1 by accuracy", listener=listener, **OPTIONS)
+        distmerge.sweep(recipe, out, keep="best 1 by accuracy", **asked)
     scored = [kind for kind, _ in told].index("score")
     missed = [i for i, (kind, text) in enumerate(told) if "no score 'accuracy'" in text]
     assert missed == [scored + 1]
     assert "it has loss" in told[missed[0]][1]
-    results = distmerge.sweep(asked, out, keep="best 1 by loss", **OPTIONS)
+    results = distmerge.sweep(recipe, out, keep="best 1 by loss", **asked)
     assert len(calls) == len(results) == len(SCALES)
 
 
