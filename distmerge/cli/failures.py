@@ -6,11 +6,12 @@ import errno
 import functools
 import os
 import signal
+import stat
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TextIO, TypeVar
 
 import typer
 
@@ -22,6 +23,8 @@ R = TypeVar("R")
 
 BROKEN, BAD_INPUT, INTERRUPTED = 1, 2, 130
 """Exit codes besides 0."""
+NO_ROOM = "No room is left on a disk that was written to"
+FREE = "free some, then run the same command again"
 
 
 def reported(command: Callable[P, R]) -> Callable[P, R]:
@@ -33,6 +36,7 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(command)
     def run(*args: P.args, **options: P.kwargs) -> R:
+        trace = bool(options.get("trace"))
         try:
             _check_here()
             return command(*args, **options)
@@ -42,17 +46,33 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
             _tell("Interrupted. The same command goes on from what is finished.")
             raise typer.Exit(INTERRUPTED) from None
         except DistmergeError as error:
-            _tell(str(error), trace=bool(options.get("trace")))
+            _tell(str(error), trace=trace)
             raise typer.Exit(BAD_INPUT) from None
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.ENOSPC):
+            number = error.errno if isinstance(error, OSError) else None
+            if number == errno.EPIPE or (number == errno.ENOSPC and _is_full(sys.stdout)):
                 raise  # see `to_the_end`
+            if number == errno.ENOSPC:
+                _tell(f"{NO_ROOM}: {shown(str(error))}.\nFix: {FREE}", trace=trace)
+                raise typer.Exit(BAD_INPUT) from None
             first = (str(error).strip().splitlines() or ["no message"])[0]
             text = f"{type(error).__name__}: {shown(first)}\nFix: --trace shows where it was raised"
-            _tell(text, trace=bool(options.get("trace")))
+            _tell(text, trace=trace)
             raise typer.Exit(BROKEN) from None
 
     return run
+
+
+def _is_full(stream: TextIO) -> bool:
+    """Has it no room? Terminals and pipes always have, files while their disk does."""
+    try:
+        number = stream.fileno()
+    except OSError:  # it isn't a file's
+        return False
+    found = os.fstat(number)
+    if stat.S_ISREG(found.st_mode):
+        return os.fstatvfs(number).f_bavail == 0
+    return stat.S_ISCHR(found.st_mode) and found.st_rdev == os.makedev(1, 7)  # /dev/full
 
 
 def _check_here() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,7 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 from cli.commands import REPOSITORY, call, recipe, start
+
+from distmerge.cli.failures import reported, to_the_end
 
 TIES = {"merge_method": "ties", "base_model": "base"}
 A, B = ({"model": name, "parameters": {"weight": 1}} for name in "ab")
@@ -222,6 +226,19 @@ def test_a_long_name_is_cut_in_a_warning_and_in_an_error(here):
     for result in (warned, failed):
         assert "nnn" in result.stderr
         assert max(map(len, result.stderr.splitlines())) < 1100
+
+
+def test_another_full_disk_is_not_standard_outputs(capfd, tmp_path):
+    def write() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "spool"))
+
+    with pytest.raises(typer.Exit) as ended, to_the_end():
+        reported(write)()
+    told = capfd.readouterr().err
+    assert ended.value.exit_code == 2
+    assert told.startswith("No room is left on a disk that was written to: ")
+    assert str(tmp_path / "spool") in told
+    assert told.splitlines()[-1].startswith("Fix: ")
 
 
 @pytest.mark.parametrize(
