@@ -13,8 +13,9 @@ R = TypeVar("R", Comparison, Check, Curve, Skipped)
 _INTRODUCTION = """\
 Whole commands, from start-up to published output, checksums included; page cache warm, loops
 compiled; two workers. *Plain copy* reads the inputs from end to end and writes as many bytes as
-the merge does, in one thread: the floor under any tool. A copy, distmerge, mergekit and distmerge
-with fsync ran in turn, and each figure is a median over the runs. Neither mergekit nor the copy
+the merge does, in one thread and through the page cache, which merges write past. A copy,
+distmerge, mergekit and distmerge with fsync ran in turn, and each figure is a median over the
+runs. Neither mergekit nor the copy
 waits for the disk, so *distmerge* doesn't in its first column; the command as it comes does, and
 *with fsync* is what it takes. *Peak* is what the largest single process ever had resident."""
 
