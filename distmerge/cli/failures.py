@@ -23,8 +23,6 @@ R = TypeVar("R")
 
 BROKEN, BAD_INPUT, INTERRUPTED = 1, 2, 130
 """Exit codes besides 0."""
-NO_ROOM = "No room is left on a disk that was written to"
-FREE = "free some, then run the same command again"
 
 
 def reported(command: Callable[P, R]) -> Callable[P, R]:
@@ -53,7 +51,8 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
             if number == errno.EPIPE or (number == errno.ENOSPC and _is_full(sys.stdout)):
                 raise  # see `to_the_end`
             if number == errno.ENOSPC:
-                _tell(f"{NO_ROOM}: {shown(str(error))}.\nFix: {FREE}", trace=trace)
+                text = f"No room is left on a disk that was written to: {shown(str(error))}."
+                _tell(f"{text}\nFix: free some, then run the same command again", trace=trace)
                 raise typer.Exit(BAD_INPUT) from None
             first = (str(error).strip().splitlines() or ["no message"])[0]
             text = f"{type(error).__name__}: {shown(first)}\nFix: --trace shows where it was raised"

@@ -29,12 +29,14 @@ def _whole(value: Any) -> Any:
 
 def _switch(value: Any) -> Any:
     """Truth values of numpy as Python's."""
-    return bool(value) if type(value).__module__ == "numpy" and hasattr(value, "item") else value
+    is_numpys = str(getattr(value, "dtype", "")) == "bool" and value.shape == ()
+    return bool(value) if is_numpys else value
 
 
 def _device(value: Any) -> Any:
     """torch's devices by name."""
-    return str(value) if type(value).__module__ == "torch" and hasattr(value, "index") else value
+    kind = type(value)
+    return str(value) if f"{kind.__module__}.{kind.__name__}" == "torch.device" else value
 
 
 def _text(value: Any) -> Any:

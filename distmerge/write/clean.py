@@ -12,12 +12,12 @@ from pathlib import Path
 from distmerge.checkpoints.spool import remove_abandoned
 from distmerge.checkpoints.store import OutputStore, StorageOptions
 from distmerge.errors import OutputError
-from distmerge.write.index import INDEX_FILE, SINGLE_FILE, shard_count
+from distmerge.write.index import INDEX_FILE, SINGLE_FILE
 from distmerge.write.lease import LEASE_FILE, lease, read_lease
 from distmerge.write.local_output import LocalOutput
 from distmerge.write.manifest import EVENTS_FILE, MANIFEST_FILE, Manifest
 from distmerge.write.output import open_output
-from distmerge.write.publish import clean_staging, is_staged
+from distmerge.write.publish import clean_staging, is_staged, shard_count
 
 _OF = re.compile(r"-of-(\d{5,6})\.safetensors\.json$")
 _UNITS = re.compile(rb'^\{"event": "plan", .*?"units": (\d{1,6})\b', re.MULTILINE)
@@ -89,7 +89,7 @@ def _counts_begun(output: OutputStore, staged: Iterable[str]) -> set[int]:
     for path in staged:
         if path.endswith("/events.jsonl"):
             counts |= {int(n) for n in _UNITS.findall(output.read_bytes(path))}
-    return counts
+    return counts - {1}  # an only one has no number
 
 
 def _in_index(output: OutputStore) -> set[str]:

@@ -7,12 +7,10 @@ numbered and are found through `model.safetensors.index.json`.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-_SHARD = re.compile(r"model-\d{5,}-of-(\d{5,})\.safetensors")
 
 
 def shard_names(count: int) -> list[str]:
@@ -22,12 +20,6 @@ def shard_names(count: int) -> list[str]:
     if count == 1:
         return [SINGLE_FILE]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-
-
-def shard_count(path: str) -> int | None:
-    """Of how many shards a file is one by its name; None if it is none, or the only one."""
-    found = _SHARD.fullmatch(path)
-    return int(found[1]) if found else None
 
 
 def index_json(

@@ -16,16 +16,22 @@ from distmerge.write.lease import LEASE_FILE
 from distmerge.write.manifest import EVENTS_FILE, MANIFEST_FILE, Manifest
 from distmerge.write.shard import STAGING
 
-_WEIGHTS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors$")
+_WEIGHTS = re.compile(r"model(?:-\d{5,}-of-(\d{5,}))?\.safetensors")
 _STAGED = re.compile(
     rf"{re.escape(STAGING)}/[0-9a-f]{{8,}}/"
-    rf"(?:{_WEIGHTS.pattern[:-1]}(?:\.json)?|answers\.json|events\.jsonl)|{re.escape(LEASE_FILE)}"
+    rf"(?:{_WEIGHTS.pattern}(?:\.json)?|answers\.json|events\.jsonl)|{re.escape(LEASE_FILE)}"
 )
 
 
 def is_weights(path: str) -> bool:
     """Whether a merge gives one of its shards that name."""
     return _WEIGHTS.fullmatch(path) is not None
+
+
+def shard_count(path: str) -> int | None:
+    """Of how many numbered shards a file is one by its name; None if it is none."""
+    found = _WEIGHTS.fullmatch(path)
+    return int(found[1]) if found and found[1] else None
 
 
 def is_staged(path: str) -> bool:

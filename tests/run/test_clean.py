@@ -154,7 +154,7 @@ def test_a_persons_own_files_are_not_touched(tmp_path):
 
 def test_what_lies_among_a_runs_files_and_isnt_its_own_stays(recipe, tmp_path):
     own = {".distmerge/notes.txt", ".distmerge/theirs/paper.md", ".distmerge/theirs/x.json"}
-    shards = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+    shards = {f"model-0000{i}-of-0000{n}.safetensors" for i, n in ((1, 1), (1, 2), (2, 2))}
     for name in own | shards:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"mine")
@@ -172,7 +172,8 @@ def test_what_lies_among_a_runs_files_and_isnt_its_own_stays(recipe, tmp_path):
     log = f".distmerge/{'d' * 32}/events.jsonl"
     begun = "model-00001-of-00003.safetensors"
     (tmp_path / log).parent.mkdir()
-    (tmp_path / log).write_text(Event("plan", {"units": 3}).json() + "\n")
+    plans = [Event("plan", {"units": units}).json() for units in (1, 3)]
+    (tmp_path / log).write_text("\n".join(plans) + "\n")
     (tmp_path / begun).write_bytes(b"x")
     assert set(clean(str(tmp_path)).files) == {log, begun}
     assert names_below(tmp_path) == own | shards

@@ -97,6 +97,9 @@ def test_an_array_is_no_whole_number(given):
         distmerge.merge({}, "out", workers=given)
     with pytest.raises(ParameterError, match="seed can't be"):
         distmerge.linear([{}], seed=given)
+    for number in (given, np.int64(1), np.array([True])):
+        with pytest.raises(ParameterError, match="overwrite can't be"):
+            distmerge.merge({}, "out", overwrite=number)
 
 
 def test_numbers_switches_and_devices_of_numpy_and_torch_are_as_pythons(tmp_path):

@@ -37,6 +37,11 @@ DENSITIES, WEIGHTS = [0.1, 0.3, 0.5, 0.9], [0.2, 0.5, 1.0, 1.5]
 GRID = {"parameters.density": DENSITIES, "models.0.parameters.weight": WEIGHTS}
 
 
+def test_the_scratch_folder_may_be_a_path():
+    assert Scratch(Path("none")) == Scratch("none")
+    assert not Scratch(Path("none")).asked
+
+
 @pytest.fixture(scope="module")
 def local(tmp_path_factory) -> list[str]:
     """Models of a megabyte each, so that most of it lies beyond what opening them reads."""
